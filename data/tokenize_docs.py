@@ -1,0 +1,673 @@
+"""Documents to token shards: trains or takes a SentencePiece tokenizer, encodes every document with it and writes the challenge's shard format.
+
+    python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --vocab-size 1024
+    python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --tokenizer fineweb_1024_bpe.model --val-docs 50000
+
+Input is read as a stream, so memory holds the work in flight, one shard, and the tokenizer's training sample, however large the corpus is.
+The output depends on the input and the options alone, never on the number of workers. The folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import multiprocessing
+import operator
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Self
+
+import numpy as np
+import sentencepiece
+import zstandard
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from shards import TOKEN_BYTES, write_shard
+
+MAX_VOCAB_SIZE = 256**TOKEN_BYTES
+MAX_DEFAULT_VAL_DOCS = 50_000  # the challenge's own validation split
+BATCH_CHARS = 1 << 18  # large enough that passing a batch to a worker costs nothing beside encoding it
+BATCHES_PER_WORKER = 4  # read ahead of the slowest batch, so that no worker waits for it
+# SentencePiece silently drops longer sentences, so longer texts are cut; a character is at most 4 bytes of UTF-8.
+SENTENCE_CHARS = 4096
+SENTENCE_BYTES = 4 * SENTENCE_CHARS
+# A sentence holding one of these two (its null and its own mark for unknown text) is dropped from the training too.
+DROPPED_BY_TRAINER = dict.fromkeys(map(ord, "\0\u2585"))
+PLAIN_REPORT_SECONDS = 10.0
+TOKENIZER_FILE = "tokenizer.model"
+MANIFEST_FILE = "manifest.json"
+OUR_FILES = re.compile(rf"fineweb_(train|val)_\d{{6}}\.bin|{re.escape(TOKENIZER_FILE)}|{re.escape(MANIFEST_FILE)}")
+
+
+class InputError(ValueError):
+    """What the user can put right: the message says what is wrong, where, and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+# ----------------------------------------------------------------------------------------------------------------------
+# Files to a stream of texts. Promises that every text is valid Unicode and exactly what the file holds, line ends included.
+
+
+class ZstdFile(io.RawIOBase):
+    """The decompressed bytes of a .zst file, all of its frames. Unlike zstandard's own reader it raises EOFError for a truncated file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._chunks = self._decompress(file)
+        self._ready = b""
+
+    @staticmethod
+    def _decompress(file: BinaryIO) -> Iterator[bytes]:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        compressed = b""
+        while compressed := compressed or file.read(zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE):
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(compressed)
+            compressed = frame.unused_data
+        if not frame.eof:
+            raise EOFError("the file ends inside a frame")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._ready = chunk
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda file: io.BufferedReader(ZstdFile(file)),
+}
+
+
+class Corpus:
+    """The documents of `paths`, in order; each iteration reads the files anew and holds one document at a time.
+
+    `size_bytes` is the size of the files as they lie on disk, and `read_bytes` how much of that the latest iteration has read.
+    Raises InputError, from the constructor for a file that does not exist, from the iteration for content that cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"{path}: no such file")
+        self.paths = paths
+        self.size_bytes = sum(path.stat().st_size for path in paths)
+        self.read_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        finished_bytes = 0
+        for path in self.paths:
+            with open(path, "rb") as file:
+                for text in read_documents(path, file):
+                    self.read_bytes = finished_bytes + file.tell()
+                    yield text
+                finished_bytes += file.tell()
+        self.read_bytes = finished_bytes
+
+
+def read_documents(path: Path, file: BinaryIO) -> Iterator[str]:
+    """Yields the documents of the open `file`, of which `path` tells compression and format. Raises InputError naming file and line."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in OPENERS else ""
+    try:
+        content = OPENERS[compression](file) if compression else file
+        if suffixes and suffixes[-1] in (".jsonl", ".json"):
+            for number, line in enumerate(content, start=1):
+                if not line.isspace():
+                    yield parse_line(line, f"{path}:{number}")
+        else:
+            yield decode_utf8(content.read(), str(path))
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        raise InputError(f"{path}: cannot be decompressed as {compression}; the file is truncated, damaged or of another format ({error})") from error
+
+
+def decode_utf8(content: bytes, where: str) -> str:
+    """Returns `content` as text. Raises InputError naming `where` and the offending byte."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not valid UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start}: {error.reason})") from error
+
+
+def parse_line(line: bytes, where: str) -> str:
+    """Returns the "text" of one JSON line. Raises InputError naming `where` and what is wrong."""
+    try:
+        record = json.loads(decode_utf8(line, where))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error}); a JSONL file holds one JSON object on each line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise InputError(f'{where}: expected an object with a string field "text"')
+    text: str = record["text"]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: the text holds half a surrogate pair ({text[error.start]!a}), which is not Unicode text") from error
+    return text
+
+
+def count_val_documents(corpus: Corpus, wanted: str | None) -> int | None:
+    """Returns how many leading documents are held out; None stands for all of them.
+
+    `wanted` is a number, "all", or None for a tenth of the documents, at least 1 and at most 50,000.
+    Raises InputError when no document would be left for validation, or none for training.
+    """
+    if wanted == "all":
+        return None
+    if wanted is not None and (not wanted.isascii() or not wanted.isdigit() or int(wanted) == 0):
+        raise InputError(f'--val-docs={wanted}: expected a number of documents from 1, or "all"')
+    enough = 10 * MAX_DEFAULT_VAL_DOCS if wanted is None else int(wanted) + 1
+    found = sum(1 for _ in itertools.islice(corpus, enough))
+    held_out = max(1, found // 10) if wanted is None else int(wanted)
+    if found <= held_out:
+        raise InputError(f"--val-docs {held_out} leaves no document to train on: the input holds {found}; hold out fewer, or all to score only")
+    return held_out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+# A trained tokenizer is lossless: no normalisation, every space kept, bytes for what has no piece. Pieces may hold newlines.
+
+
+class TrainingSample(NamedTuple):
+    sentences: list[str]
+    documents: int
+    bytes: int
+
+
+def sample_documents(documents: Iterable[str], limit_bytes: int) -> TrainingSample:
+    """Returns the leading documents that together reach `limit_bytes` of text, or all of them, cut into sentences that the trainer accepts."""
+    sentences: list[str] = []
+    count = size = 0
+    for text in documents:
+        sentences += cut_sentences(text)
+        count += 1
+        size += len(text.encode("utf-8"))
+        if size >= limit_bytes:
+            break
+    return TrainingSample(sentences, count, size)
+
+
+def cut_sentences(text: str) -> Iterator[str]:
+    """Yields `text` in pieces of at most SENTENCE_CHARS characters, cut after the last newline that fits, else before the last space, else anywhere."""
+    text = text.translate(DROPPED_BY_TRAINER)
+    start = 0
+    while start < len(text):
+        end = start + SENTENCE_CHARS
+        if end < len(text):
+            newline, space = text.rfind("\n", start, end), text.rfind(" ", start + 1, end)
+            end = newline + 1 if newline >= start else space if space > start else end
+        yield text[start:end]
+        start = end
+
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
+    """Returns a lossless SentencePiece BPE model trained on `sentences`. Raises InputError when their text does not support `vocab_size`."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,  # the rarest characters cost a few bytes each rather than a piece of a small vocabulary
+            max_sentence_length=SENTENCE_BYTES,
+            num_threads=16,  # recorded in the model, so a number taken from the machine would change its hash
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(explain_training_failure(str(error), vocab_size)) from error
+    return model.getvalue()
+
+
+def explain_training_failure(message: str, vocab_size: int) -> str:
+    """Returns SentencePiece's `message` in terms of our options."""
+    if too_high := re.search(r"too high.*<= (\d+)", message):
+        return f"--vocab-size {vocab_size} is more than the training documents support; use at most {too_high[1]}, or give more text"
+    if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"--vocab-size {vocab_size} is too small; the 256 bytes, 4 control tokens and the text's characters need {too_small[1]}"
+    if "!sentences_.empty()" in message:
+        return "the training documents hold no text to train a tokenizer on; give more text, fewer --val-docs, or a --tokenizer"
+    return f"SentencePiece could not train a tokenizer: {message}"
+
+
+def load_tokenizer(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
+    """Returns the tokenizer in `model`. Raises InputError naming `source` when it is unreadable, has no BOS, or its ids exceed uint16."""
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise InputError(f"{source}: not a SentencePiece model ({error})") from error
+    if tokenizer.bos_id() < 0:
+        raise InputError(f"{source}: the tokenizer has no BOS token, which must precede every document; train it with bos_id set")
+    if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
+        raise InputError(f"{source}: {tokenizer.vocab_size()} tokens do not fit the shards' uint16; use at most {MAX_VOCAB_SIZE}")
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches of documents go to workers and come back in order. Every document is decoded again, so losses are counted, never assumed.
+
+
+class Totals(NamedTuple):
+    """What is counted of a split. `decoded_bytes` is what its tokens spell, UNK spelling nothing: the bytes that a score divides by."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    decoded_bytes: int = 0
+    lossy_documents: int = 0
+    unknown_tokens: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(*map(operator.add, self, other))
+
+
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # uint16, BOS before each document
+    totals: Totals
+
+
+_tokenizer = sentencepiece.SentencePieceProcessor()  # of this process; filled once, because loading costs as much as a batch
+
+
+def load_worker_tokenizer(model: bytes) -> None:
+    """Makes `model` the tokenizer of `encode_batch` in this process."""
+    _tokenizer.LoadFromSerializedProto(model)
+
+
+def start_worker(model: bytes) -> None:
+    """Prepares a worker process, which leaves an interrupt from the keyboard to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load_worker_tokenizer(model)
+
+
+def encode_batch(texts: list[str]) -> Encoded:
+    """Returns the tokens of `texts`, each preceded by BOS, and what they lost."""
+    rows, totals = [], Totals()
+    bos, unk = _tokenizer.bos_id(), _tokenizer.unk_id()
+    for text in texts:
+        ids = _tokenizer.encode(text)
+        decoded = _tokenizer.decode(ids)
+        unknown = ids.count(unk)
+        spelt = _tokenizer.decode([token for token in ids if token != unk]) if unknown else decoded
+        rows.append(np.array([bos, *ids], dtype=np.uint16))
+        totals = totals.plus(Totals(1, 1 + len(ids), utf8_length(text), utf8_length(spelt), int(decoded != text), unknown))
+    return Encoded(np.concatenate(rows), totals)
+
+
+def utf8_length(text: str) -> int:
+    """Returns the number of bytes of `text` in UTF-8."""
+    return len(text.encode("utf-8"))
+
+
+def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Yields `documents` in lists of about BATCH_CHARS characters."""
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text) + 1  # so that empty documents fill a batch too
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def split_batches(corpus: Corpus, val_documents: int | None) -> Iterator[tuple[str, list[str]]]:
+    """Yields (split, batch) over `corpus` in order: the first `val_documents` documents are "val", the others "train"; None makes all "val"."""
+    documents = iter(corpus)
+    for split, part in (("val", itertools.islice(documents, val_documents)), ("train", documents)):
+        for batch in batch_documents(part):
+            yield split, batch
+
+
+def encode_in_order(work: Iterable[tuple[str, list[str]]], model: bytes, workers: int) -> Iterator[tuple[str, Encoded]]:
+    """Yields each (split, batch) of `work` as (split, encoded), in its order, encoded by `workers` processes, or in this one if `workers` is 1.
+
+    At most BATCHES_PER_WORKER batches per worker are in flight, which bounds the memory (`multiprocessing`'s imap would read all of `work` ahead).
+    Raises InputError when a worker dies.
+    """
+    if workers == 1:
+        load_worker_tokenizer(model)
+        for split, batch in work:
+            yield split, encode_batch(batch)
+        return
+    pending: deque[tuple[str, Future[Encoded]]] = deque()
+    # A fork would copy the progress display's thread in whatever state it is; a spawned worker starts clean.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (model,))
+    try:
+        for split, batch in work:
+            pending.append((split, pool.submit(encode_batch, batch)))
+            if len(pending) == BATCHES_PER_WORKER * workers:
+                split, future = pending.popleft()
+                yield split, future.result()
+        while pending:
+            split, future = pending.popleft()
+            yield split, future.result()
+    except BrokenProcessPool as error:
+        raise InputError("a worker process died, most often for want of memory; run again with fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output
+# ----------------------------------------------------------------------------------------------------------------------
+# Everything is written into DIR.partial, which becomes DIR when it is complete.
+
+
+class ShardWriter:
+    """Cuts one split's tokens into shards of `shard_tokens` tokens, the last one shorter; a document may cross the border."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._buffer = np.empty(shard_tokens, dtype=np.uint16)
+        self._filled = 0
+        self.shards: list[dict[str, Any]] = []  # the manifest's entries
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Appends `tokens`, writing every shard that becomes full."""
+        while tokens.size:
+            taken = tokens[: self._buffer.size - self._filled]
+            self._buffer[self._filled : self._filled + taken.size] = taken
+            self._filled += taken.size
+            tokens = tokens[taken.size :]
+            if self._filled == self._buffer.size:
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes what is held as a shard, if anything is."""
+        if self._filled:
+            path = self._folder / f"fineweb_{self._split}_{len(self.shards):06d}.bin"
+            write_shard(path, self._buffer[: self._filled])
+            self.shards.append({"file": path.name, "tokens": self._filled, "sha256": file_sha256(path)})
+            self._filled = 0
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of the file at `path`, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sibling(folder: Path, suffix: str) -> Path:
+    """Returns the path beside `folder` whose name has `suffix` appended."""
+    return folder.with_name(folder.name + suffix)
+
+
+def check_replaceable(folder: Path, force: bool) -> None:
+    """Raises InputError when `folder` exists and either `force` is not set or it holds something that this tool did not write."""
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise InputError(f"{folder} exists; name another --output, or replace it with --force")
+    if folder.is_symlink() or not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; name another --output")
+    foreign = sorted(path.name for path in folder.iterdir() if not OUR_FILES.fullmatch(path.name))
+    if foreign:
+        raise InputError(f"{folder} holds files that this tool did not write ({foreign[0]}); --force does not delete them: name another --output")
+
+
+@contextmanager
+def complete_folder(folder: Path, force: bool) -> Iterator[Path]:
+    """Gives an empty folder to write into, which takes the place of `folder` when the block ends and is removed when the block raises.
+
+    Raises InputError when `folder` may not be replaced, or another run writes to it.
+    """
+    check_replaceable(folder, force)
+    partial, replaced = sibling(folder, ".partial"), sibling(folder, ".replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (partial, replaced):
+        if leftover.exists():
+            raise InputError(f"{leftover} exists: another run is writing {folder}, or one was killed; make sure that none is running and delete it")
+    partial.mkdir()
+    try:
+        yield partial
+        check_replaceable(folder, force)  # it may have appeared or been filled meanwhile
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Progress
+# ----------------------------------------------------------------------------------------------------------------------
+# Standard error carries progress and errors; standard output carries the result.
+
+
+class Meter:
+    """Shows how far the reading of `corpus` is, with speed and remaining time: a bar on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._text_bytes = 0
+        self._started = self._reported = time.monotonic()
+        console = Console(stderr=True)
+        columns = (TextColumn("tokenising"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console) if console.is_terminal else None
+        self._task = self._bar.add_task("", total=corpus.size_bytes, speed="") if self._bar else None
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since the meter was made."""
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def advance(self, text_bytes: int) -> None:
+        """Counts `text_bytes` more bytes of text as done."""
+        self._text_bytes += text_bytes
+        speed = f"{self._text_bytes / 1e6:,.1f} MB  {self._text_bytes / 1e6 / self.seconds:.2f} MB/s"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self._corpus.read_bytes, speed=speed)
+        elif time.monotonic() - self._reported >= PLAIN_REPORT_SECONDS:
+            self._reported = time.monotonic()
+            done = self._corpus.read_bytes / max(self._corpus.size_bytes, 1)
+            remaining = self.seconds * (1 - done) / max(done, 1e-9)
+            note(f"tokenising  {done:4.0%}  {speed}  {remaining / 60:.0f} min left")
+
+
+def note(message: str) -> None:
+    """Writes one line to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other error is reported: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def positive(text: str) -> int:
+    """Returns `text` as an integer from 1. Raises ArgumentTypeError otherwise."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1, got {text!r}")
+    return value
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options. Raises InputError for a wrong command line."""
+    parser = Parser(description="Turn documents into a tokenizer and token shards.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        required=True,
+        help='documents: .jsonl or .json (one object with "text" per line) or any other name (one plain-text document); also .gz .xz .zst',
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to create")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", metavar="MODEL", type=Path, help="SentencePiece model to use; without it one is trained")
+    tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of the tokenizer to train")
+    parser.add_argument(
+        "--val-docs",
+        metavar="N",
+        help=f'leading documents held out for validation, or "all"; without it a tenth of them, at most {MAX_DEFAULT_VAL_DOCS:,}',
+    )
+    parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens per shard")
+    parser.add_argument("--workers", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes that encode")
+    parser.add_argument(
+        "--train-sample-bytes",
+        metavar="N",
+        type=positive,
+        default=100_000_000,
+        help="the tokenizer is trained on the leading training documents up to this much text, held in memory",
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR if it holds an earlier output of this tool")
+    options = parser.parse_args(arguments)
+    if options.vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(f"--vocab-size {options.vocab_size} does not fit the shards' uint16; use at most {MAX_VOCAB_SIZE}")
+    if options.val_docs == "all" and options.tokenizer is None:
+        raise InputError("--val-docs all leaves no document to train a tokenizer on; give a --tokenizer")
+    return options
+
+
+def make_tokenizer(options: argparse.Namespace, corpus: Corpus, val_documents: int | None) -> tuple[bytes, dict[str, Any]]:
+    """Returns the tokenizer's model, read or trained on training documents, and its entry in the manifest. Raises InputError and OSError."""
+    entry: dict[str, Any] = {"file": TOKENIZER_FILE}
+    if options.tokenizer is None:
+        note(f"training a tokenizer of {options.vocab_size} pieces")
+        sample = sample_documents(itertools.islice(corpus, val_documents, None), options.train_sample_bytes)
+        model = train_tokenizer(sample.sentences, options.vocab_size)
+        entry["trained_on"] = {"documents": sample.documents, "bytes": sample.bytes}
+    else:
+        model = options.tokenizer.read_bytes()
+    tokenizer = load_tokenizer(model, str(options.tokenizer or TOKENIZER_FILE))
+    return model, entry | {"vocab_size": tokenizer.vocab_size(), "bos_id": tokenizer.bos_id(), "sha256": hashlib.sha256(model).hexdigest()}
+
+
+def write_splits(folder: Path, corpus: Corpus, val_documents: int | None, model: bytes, options: argparse.Namespace, meter: Meter) -> dict[str, Any]:
+    """Writes the shards of `corpus` into `folder` and returns the manifest's "splits": totals and shards of each. Raises InputError and OSError."""
+    splits: dict[str, Any] = {}
+    encoded = encode_in_order(split_batches(corpus, val_documents), model, options.workers)
+    for split, batches in itertools.groupby(encoded, key=operator.itemgetter(0)):
+        writer, totals = ShardWriter(folder, split, options.shard_tokens), Totals()
+        for _, batch in batches:
+            writer.add(batch.tokens)
+            totals = totals.plus(batch.totals)
+            meter.advance(batch.totals.bytes)
+        writer.flush()
+        splits[split] = totals._asdict() | {"shards": writer.shards}
+    if not splits:
+        raise InputError(f"{', '.join(map(str, corpus.paths))}: no documents")
+    return splits
+
+
+def describe(folder: Path, splits: dict[str, Any], seconds: float) -> str:
+    """Returns the report of a finished run, for people."""
+    lines = [f"{'split':5}  {'documents':>11}  {'tokens':>15}  {'bytes':>15}  {'bytes/token':>11}  shards"]
+    for split, entry in splits.items():
+        bytes_per_token = entry["bytes"] / entry["tokens"]
+        lines.append(f"{split:5}  {entry['documents']:>11,}  {entry['tokens']:>15,}  {entry['bytes']:>15,}  {bytes_per_token:>11.4f}  {len(entry['shards']):>6}")
+    documents, size, decoded, lossy, unknown = (
+        sum(entry[name] for entry in splits.values()) for name in ("documents", "bytes", "decoded_bytes", "lossy_documents", "unknown_tokens")
+    )
+    if lossy:
+        lines.append(f"{lossy:,} of {documents:,} documents do not round-trip: their tokens spell {decoded:,} of {size:,} bytes, {unknown:,} unknown tokens")
+    else:
+        lines.append(f"all {documents:,} documents round-trip")
+    lines.append(f"wrote {folder} in {seconds:.1f} s ({size / 1e6 / seconds:.2f} MB/s)")
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Does what the command line asks and prints the report. Raises InputError and OSError, leaving nothing behind."""
+    options = parse_arguments(arguments)
+    output = Path(os.path.abspath(options.output))  # so that "." and ".." have a name and a parent
+    with complete_folder(output, options.force) as folder:
+        corpus = Corpus(options.input)
+        val_documents = count_val_documents(corpus, options.val_docs)
+        model, tokenizer_entry = make_tokenizer(options, corpus, val_documents)
+        (folder / TOKENIZER_FILE).write_bytes(model)
+        with Meter(corpus) as meter:
+            splits = write_splits(folder, corpus, val_documents, model, options, meter)
+            seconds = meter.seconds
+        manifest = {"inputs": [path.name for path in options.input], "tokenizer": tokenizer_entry, "splits": splits}
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    print(describe(options.output, splits, seconds))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for what the user can put right (one line on standard error), 130 when interrupted."""
+    try:
+        run(arguments)
+    except InputError as error:
+        note(f"error: {error}")
+        return 2
+    except OSError as error:
+        note(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
+        return 2
+    except KeyboardInterrupt:
+        note("interrupted; nothing was written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as an interrupt does: with nothing left behind
+    sys.exit(main())

@@ -1,0 +1,2087 @@
+"""Parameter Golf in one file: train a small GPT, quantise it into `artifact.bin`, read that file back and score it in bits per byte.
+
+    make demo                                                 a CPU, about four minutes, bundled text
+    python train_gpt.py PRESET=baseline                       one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     eight GPUs
+    python train_gpt.py --help | --plan [--json]              every setting | what a configuration costs, before it runs
+
+The order of the file is the order of a run: config, runtime, data, schedule, roles and grids, model, optimiser, training, artifact,
+evaluation, main. The score is always computed from what was read back from the artifact.
+
+Shape letters: B batch rows, T positions in a row, D model width, H query heads, K key/value heads, C head width, V vocabulary, N tokens.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import difflib
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns every setting: name, type, default, range and meaning. A setting is `NAME=value` in the environment or as an argument; its name
+# is the field's in capitals. Precedence: default < preset < SCALE=tiny < environment < argument. All problems are reported together.
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be run; the message lists every problem found, one a line."""
+
+
+def setting(default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Returns a dataclass field that carries what `--help`, parsing and validation need."""
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run, parsed and validated. Derived numbers are properties."""
+
+    # run
+    preset: str = setting("default", "named row of settings to start from (list below)")
+    scale: str = setting("full", "tiny = the preset with small numbers, for a CPU", choices=("full", "tiny"))
+    run_id: str = setting("", "name of the run folder; empty = date, time and preset")
+    runs_dir: str = setting("runs", "folder that holds the run folders")
+    stages: str = setting("train,export,eval", "which stages to run, in this order")
+    resume: bool = setting(False, "continue the interrupted run RUN_ID from its last checkpoint")
+    checkpoint: str = setting("", "checkpoint.pt to export, when STAGES leaves out train")
+    artifact: str = setting("", "artifact.bin to score, when STAGES leaves out export")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0 = only at the end", low=0)
+    train_log_every: int = setting(200, "steps between log lines", low=1)
+    device: str = setting("auto", "auto = cuda where there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
+    compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
+    attention_backend: str = setting("sdpa", "sdpa = PyTorch's fused kernels; reference = plain maths", choices=("sdpa", "reference"))
+    ignore_env: str = setting("", "comma-separated environment variables that look like misspelt settings and are not")
+
+    # data
+    data_path: str = setting("data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin shards")
+    tokenizer_path: str = setting("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model that made the shards")
+    data_shuffle: bool = setting(True, "visit the rows of each shard in a random order, new in every pass; off = in order")
+
+    # model
+    vocab_size: int = setting(1024, "number of tokens; must equal the tokenizer's", low=2, high=65536)
+    bos_id: int = setting(1, "token that starts every document; must equal the tokenizer's", low=0, high=65535)
+    num_layers: int = setting(9, "physical blocks", low=1, high=256)
+    model_dim: int = setting(512, "width of the residual stream", low=2, high=16384)
+    num_heads: int = setting(8, "query heads", low=1, high=1024)
+    num_kv_heads: int = setting(4, "key/value heads; divides NUM_HEADS", low=1, high=1024)
+    mlp_mult: float = setting(2.0, "MLP width as a multiple of MODEL_DIM", low=0.01, high=64)
+    tie_embeddings: bool = setting(True, "the output head is the embedding")
+    rope_base: float = setting(10000.0, "RoPE: longest wavelength is 2 pi times this, in tokens", low=1)
+    rope_dims: int = setting(0, "RoPE: rotated dimensions of each head; 0 = all", low=0)
+    logit_softcap: float = setting(30.0, "logits become c * tanh(logits / c)", low=1e-3)
+    doc_mask: bool = setting(True, "attention sees only the token's own document")
+    matrix_bits: int = setting(8, "bits per weight of block matrices and an untied head in the artifact", low=2, high=8)
+    embed_bits: int = setting(8, "bits per weight of the embedding in the artifact", low=2, high=8)
+
+    # training
+    seed: int = setting(1337, "of initial weights and data order", low=0, high=2**31 - 1)
+    qk_gain_init: float = setting(1.5, "initial per-head gain on the normalised queries", low=0)
+    matrix_init: str = setting("orthogonal", "start of block matrices; output projections start at zero", choices=("orthogonal", "uniform"))
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding when tied (untied: 1)", low=0)
+    iterations: int = setting(20000, "most training steps", low=1)
+    max_wallclock_seconds: float = setting(600.0, "training stops before this; compile, warm-up and validation are not counted; 0 = no limit", low=0)
+    warmup_steps: int = setting(20, "steps run per phase before the clock starts, then undone", low=0)
+    train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1)
+    train_seq_len: int = setting(1024, "tokens per row", low=2)
+    micro_batch_tokens: int = setting(65536, "most tokens per forward pass and rank; the rest of the batch is accumulated", low=1)
+    warmdown_iters: int = setting(1200, "steps of linear learning-rate decay at the end", low=0)
+    warmdown_frac: float = setting(0.0, "the same as a fraction of the run; needs WARMDOWN_ITERS=0", low=0, high=1)
+    lr_floor_frac: float = setting(0.0, "where the decay ends, as a fraction of the full rate", low=0, high=1)
+    qat_start_frac: float = setting(1.0, "fraction of the run after which training sees quantised weights; 1 = never", low=0, high=1)
+    matrix_lr: float = setting(0.04, "Muon: learning rate of block matrices", low=0)
+    scalar_lr: float = setting(0.04, "Adam: of gains, scales and mixes", low=0)
+    tied_embed_lr: float = setting(0.05, "Adam: of a tied embedding", low=0)
+    embed_lr: float = setting(0.6, "Adam: of an untied embedding", low=0)
+    head_lr: float = setting(0.008, "Adam: of an untied output head", low=0)
+    muon_momentum: float = setting(0.95, "Muon: Nesterov momentum", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = setting(0.85, "Muon: momentum at step 0", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = setting(500, "Muon: steps until MUON_MOMENTUM is reached", low=0)
+    muon_backend_steps: int = setting(5, "Muon: iterations of the orthogonalisation", low=1, high=5)
+    muon_coefficients: str = setting("polar_express", "Muon: polynomials of the orthogonalisation", choices=("polar_express", "classic"))
+    muon_weight_decay: float = setting(0.0, "Muon: decoupled weight decay, times the learning rate", low=0)
+    adam_weight_decay: float = setting(0.0, "Adam: decoupled weight decay of embeddings and head, times the learning rate", low=0)
+    beta1: float = setting(0.9, "Adam: decay of the first moment", low=0, high=0.9999)
+    beta2: float = setting(0.95, "Adam: decay of the second moment", low=0, high=0.99999)
+    adam_eps: float = setting(1e-8, "Adam: added to the root of the second moment", low=0)
+    grad_clip_norm: float = setting(0.0, "largest norm of the averaged gradient; 0 = no clipping", low=0)
+
+    # artifact
+    quant_scheme: str = setting("rowmax", "how weights are put on the grid: rowmax = step from each row's absolute maximum", choices=("rowmax",))
+    coder: str = setting("zlib", "byte coder of the artifact", choices=("zlib", "zstd"))
+    bytes_cap: int = setting(16_000_000, "most bytes of packed code plus artifact", low=1)
+
+    # evaluation
+    val_batch_size: int = setting(524288, "tokens per forward pass of an evaluation, over all ranks", low=1)
+    val_loss_every: int = setting(1000, "steps between validations; 0 = only after the last step", low=0)
+    final_eval: str = setting("sliding", "evaluation that gives the run's score", choices=("chunked", "sliding"))
+    eval_seq_len: int = setting(0, "context of an evaluation in tokens; 0 = TRAIN_SEQ_LEN", low=0)
+    eval_stride: int = setting(64, "sliding evaluation: targets scored per window", low=1)
+    scores_file: str = setting("", "write the nats of every target of the final evaluation here (.npy, float32, text order)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def rotated_dims(self) -> int:
+        """Dimensions of a head that RoPE rotates."""
+        return self.rope_dims or self.head_dim
+
+    @property
+    def window(self) -> int:
+        """Tokens of context in an evaluation."""
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def stage_list(self) -> list[str]:
+        """STAGES as a list."""
+        return self.stages.split(",")
+
+
+# Settings that rebuild the model: they travel inside the artifact and the checkpoint.
+MODEL_SETTINGS = (
+    *("vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings"),
+    *("rope_base", "rope_dims", "logit_softcap", "doc_mask", "matrix_bits", "embed_bits"),
+)
+# Settings that may differ between a run and its continuation: they do not reach the trained weights.
+FREE_ON_RESUME = (
+    *("run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env"),
+    *("quant_scheme", "coder", "bytes_cap", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "scores_file"),
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The challenge's starter script: 9 x 512, int8 + zlib, 1.2244 bpb on 8 H100 (its record 2026-03-17).
+    "baseline": {
+        "doc_mask": False, "data_shuffle": False, "matrix_init": "uniform", "muon_coefficients": "classic",
+        "num_layers": 9, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 2.0, "vocab_size": 1024,
+        "warmdown_iters": 1200, "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05, "final_eval": "chunked",
+    },
+    # The whole path on a laptop CPU, on the bundled text.
+    "demo": {
+        "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
+        "num_layers": 4, "model_dim": 192, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "compile": False,
+        "train_seq_len": 256, "train_batch_tokens": 8192, "micro_batch_tokens": 8192, "val_batch_size": 16384,
+        "iterations": 900, "max_wallclock_seconds": 210.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.6,
+        "muon_momentum_warmup_steps": 100, "checkpoint_every": 100, "val_loss_every": 300, "train_log_every": 50, "qat_start_frac": 0.8,
+    },
+}
+# SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU.
+TINY: dict[str, Any] = {
+    "num_layers": 3, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "compile": False,
+    "train_seq_len": 64, "train_batch_tokens": 1024, "micro_batch_tokens": 1024, "val_batch_size": 4096, "eval_stride": 32,
+    "iterations": 30, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 10,
+    "muon_momentum_warmup_steps": 10,
+}
+
+SETTINGS = {setting_field.name.upper(): setting_field for setting_field in fields(Config)}
+# A variable that starts like one of these belongs to us; if it is no setting, it is a mistake.
+FAMILIES = ("MUON_", "TRAIN_", "VAL_", "EVAL_", "QUANT_", "QAT_", "ROPE_", "WARMDOWN_", "TTT_", "GPTQ_", "BIGRAM_", "CHECKPOINT_")
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Returns `text` as the declared type of setting `name`. Raises ValueError saying what was expected."""
+    declared = SETTINGS[name]
+    low, high, choices = (declared.metadata[key] for key in ("low", "high", "choices"))
+    if declared.type == "bool":
+        if text.lower() not in ("0", "1", "true", "false"):
+            raise ValueError("expected 0, 1, true or false")
+        return text.lower() in ("1", "true")
+    if declared.type == "str":
+        if not text.isprintable():
+            raise ValueError("expected printable characters on one line")
+        if choices and text not in choices:
+            raise ValueError(f"expected one of: {' '.join(choices)}")
+        return text
+    try:
+        value = int(text) if declared.type == "int" else float(text)
+    except ValueError:
+        raise ValueError(f"expected {'a whole number' if declared.type == 'int' else 'a number'}") from None
+    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"expected {describe_range(low, high)}")
+    return value
+
+
+def describe_range(low: float | None, high: float | None) -> str:
+    """Returns the bounds in words, e.g. "at least 1", or "" without bounds."""
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    return f"at least {low:g}" if low is not None else "a finite number"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Returns "; did you mean X?" or ""."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_arguments(arguments: Sequence[str], problems: list[str]) -> dict[str, str]:
+    """Returns NAME -> value from `NAME=value` and `@file` arguments (a file of such lines, as `config.env`), later ones winning."""
+    pairs: dict[str, str] = {}
+    for argument in arguments:
+        if argument.startswith("@"):
+            try:
+                lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{argument}: cannot be read ({error})")
+                continue
+            pairs.update(read_arguments([line for line in lines if line and not line.startswith("#")], problems))
+            continue
+        name, equals, value = argument.partition("=")
+        if not equals or name not in SETTINGS:
+            problems.append(f"{argument}: expected NAME=value with a setting's name{did_you_mean(name.upper(), list(SETTINGS))}")
+        else:
+            pairs[name] = value
+    return pairs
+
+
+def read_environment(environment: Mapping[str, str], ignored: Sequence[str], problems: list[str]) -> dict[str, str]:
+    """Returns NAME -> value of the settings in `environment`; a variable that looks like a misspelt setting is a problem."""
+    for name in sorted(set(environment) - set(SETTINGS) - set(ignored)):
+        close = difflib.get_close_matches(name, list(SETTINGS), n=1, cutoff=0.8)
+        if close or name.startswith(FAMILIES):
+            hint = f"did you mean {close[0]}? " if close else ""
+            problems.append(f"{name}={environment[name]}: not a setting. {hint}If it is not meant for this script: unset it, or IGNORE_ENV={name}")
+    return {name: value for name, value in environment.items() if name in SETTINGS}
+
+
+def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """Returns the validated configuration. Raises ConfigError listing every problem."""
+    problems: list[str] = []
+    given = read_arguments(arguments, problems)
+    ignored = given.get("IGNORE_ENV", environment.get("IGNORE_ENV", "")).split(",")
+    given = {**read_environment(environment, ignored, problems), **given}
+    values: dict[str, Any] = {}
+    for name, text in given.items():
+        try:
+            values[name.lower()] = parse_value(name, text)
+        except ValueError as error:
+            problems.append(f"{name}={text}: {error}")
+    preset = values.get("preset", Config.preset)
+    if preset not in PRESETS:
+        problems.append(f"PRESET={preset}: expected one of: {' '.join(PRESETS)}{did_you_mean(preset, list(PRESETS))}")
+    tiny = TINY if values.get("scale", Config.scale) == "tiny" else {}
+    config = Config(**{**PRESETS.get(preset, {}), **tiny, **values})
+    problems += validate(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def validate(config: Config) -> list[str]:
+    """Returns what is wrong between settings: the rule, the values and the remedy, one string each."""
+    c = config
+    problems = []
+
+    def require(rule: bool, message: str) -> None:
+        if not rule:
+            problems.append(message)
+
+    stages = ["train", "export", "eval"]
+    known = [stage for stage in stages if stage in c.stage_list]
+    require(c.stage_list == known, f"STAGES={c.stages}: expected some of train,export,eval, each once, in this order")
+    require("train" in known or "export" not in known or c.checkpoint != "" or c.resume, "STAGES without train: name what to export with CHECKPOINT=path")
+    require("export" in known or "eval" not in known or c.artifact != "", "STAGES without export: name what to score with ARTIFACT=path")
+    require(not c.resume or c.run_id != "", "RESUME=1: say which run to continue with RUN_ID=name")
+    require(Path(c.run_id).name == c.run_id and c.run_id not in (".", ".."), f"RUN_ID={c.run_id}: expected a plain folder name; use RUNS_DIR for its place")
+    require(c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} must divide MODEL_DIM={c.model_dim}")
+    require(c.num_heads % c.num_kv_heads == 0, f"NUM_KV_HEADS={c.num_kv_heads} must divide NUM_HEADS={c.num_heads}")
+    require(c.rotated_dims % 2 == 0 and c.rotated_dims <= c.head_dim, f"ROPE_DIMS={c.rotated_dims} must be even and at most {c.head_dim}, the head's width")
+    require(c.mlp_dim >= 1, f"MLP_MULT={c.mlp_mult} leaves no hidden width at MODEL_DIM={c.model_dim}")
+    require(c.bos_id < c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}")
+    require(
+        c.train_batch_tokens % c.train_seq_len == 0,
+        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+    )
+    require(
+        c.micro_batch_tokens >= c.train_seq_len,
+        f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}",
+    )
+    require(not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0")
+    require(c.eval_stride <= c.window, f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)")
+    require(not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy")
+    return problems
+
+
+def format_value(value: Any) -> str:
+    """Returns a setting's value as it is written in `config.env` and in `--help`."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def config_lines(config: Config) -> str:
+    """Returns the text of `config.env`: every setting, `KEY=VALUE` a line; `train_gpt.py @config.env` reads it back."""
+    return "".join(f"{name}={format_value(getattr(config, declared.name))}\n" for name, declared in SETTINGS.items())
+
+
+def help_text() -> str:
+    """Returns what `--help` prints: usage, every setting (name, type, default, range, meaning) and every preset."""
+    lines = ["usage: [torchrun ...] train_gpt.py [NAME=value ...] [@runs/RUN_ID/config.env] [--plan [--json]]", ""]
+    lines += ["NAME=value may also stand in the environment. Precedence: default < preset < SCALE=tiny < environment < argument.", "", "settings"]
+    for name, declared in SETTINGS.items():
+        low, high, choices = (declared.metadata[key] for key in ("low", "high", "choices"))
+        allowed = " | ".join(choices) or (describe_range(low, high) if low is not None else "")
+        about = f"{declared.metadata['meaning']}{f' ({allowed})' if allowed else ''}"
+        lines.append(f"  {name:<27} {declared.type:<5} {format_value(declared.default) or '(empty)':<20} {about}")
+    for preset, row in PRESETS.items():
+        lines += ["", f"preset {preset}"] + ["  " + " ".join(f"{name.upper()}={format_value(value)}" for name, value in row.items())] * bool(row)
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Runtime
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns ranks, clock, signals, log and files. On one process every collective is the identity, so the rest of the file never asks.
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+class World:
+    """The ranks of this run: the only place that reads the launcher's variables or calls a process group."""
+
+    def __init__(self, device: str) -> None:
+        """Joins the process group that `torchrun` announces, if any. `device` is a DEVICE setting."""
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu")
+        self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        self.control: dist.ProcessGroup | None = None
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            # Small host-side values travel apart from the gradients, so that reading them never waits for the GPU.
+            self.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and files."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Returns `tensor`, replaced in place by its sum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_float64(self, values: Sequence[float]) -> list[float]:
+        """Returns host-side float64 sums over ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def scatter_sum(self, stacked: Tensor) -> Tensor:
+        """Returns this rank's share of the sum over ranks of `stacked`, whose first dimension is a multiple of the world size."""
+        if self.size == 1:
+            return stacked
+        share = torch.empty_like(stacked[: len(stacked) // self.size])
+        dist.reduce_scatter_tensor(share, stacked)
+        return share
+
+    def gather(self, share: Tensor) -> Tensor:
+        """Returns the ranks' shares, concatenated in rank order."""
+        if self.size == 1:
+            return share
+        whole = share.new_empty((len(share) * self.size, *share.shape[1:]))
+        dist.all_gather_into_tensor(whole, share.contiguous())
+        return whole
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Returns every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Returns rank 0's `value` on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class Control(NamedTuple):
+    """What all ranks agree on once a step: rank 0's training clock, and whether any rank was asked to stop."""
+
+    seconds: float
+    stop: bool
+
+
+class ControlLink:
+    """Carries `Control` between ranks. `exchange` returns the values of the previous step, so that no rank ever waits for another's host."""
+
+    def __init__(self, world: World, first: Control) -> None:
+        self.world = world
+        self.pending: tuple[Tensor, dist.Work | None] = (torch.tensor(first, dtype=torch.float64), None)
+
+    def exchange(self, seconds: float, stop: bool) -> Control:
+        """Sends this step's values (of `seconds`, rank 0's counts) and returns the agreed values of the step before."""
+        values, work = self.pending
+        if work is not None:
+            work.wait()
+        mine = torch.tensor([seconds if self.world.is_main else 0.0, float(stop)], dtype=torch.float64)
+        sent = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True) if self.world.size > 1 else None
+        self.pending = (mine, sent)
+        return Control(float(values[0]), bool(values[1]))
+
+
+class Clock:
+    """Training time in seconds: runs between `start` and `pause`, so that validation does not count."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.banked = seconds
+        self.started: float | None = None
+
+    def start(self) -> None:
+        """Starts counting."""
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops counting."""
+        self.banked = self.seconds()
+        self.started = None
+
+    def seconds(self) -> float:
+        """Returns the seconds counted so far."""
+        return self.banked + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first one asks the training loop to finish its step and save; outside training, or the second time, it exits."""
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.received: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Takes over both signals in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        again, self.received = self.received is not None, signal.Signals(number)
+        if again or not self.deferred:
+            raise SystemExit(128 + number)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a file that appears whole under its name or not at all, even when the machine dies."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def clock_text(seconds: float) -> str:
+    """Returns m:ss."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def step_line(e: Mapping[str, Any]) -> str:
+    """Returns the log line of a `step` event."""
+    rate = e["tokens_per_second"]
+    speed = f"{rate / 1e6:.2f} Mtok/s" if rate >= 1e6 else f"{rate / 1e3:.1f} ktok/s"
+    return (
+        f"step {e['step']}/{e['steps']}  loss {e['train_loss']:.4f}  lr {e['lr_scale']:.3f}  {e['step_ms']:.1f} ms  {speed}"
+        f"  {clock_text(e['train_seconds'])} of {clock_text(e['train_seconds'] + e['remaining_seconds'])}"
+    )
+
+
+def export_line(e: Mapping[str, Any]) -> str:
+    """Returns the size table of an `export` event."""
+    rows = [f"  {role['role']:<8} {role['params']:>12,} weights {role['bytes']:>12,} bytes {role['bits_per_weight']:>8.3f} bits/weight" for role in e["roles"]]
+    over = e["bytes_total"] > e["bytes_cap"]
+    verdict = f"over BYTES_CAP={e['bytes_cap']:,} by {e['bytes_total'] - e['bytes_cap']:,}" if over else f"within {e['bytes_cap']:,}"
+    total = f"artifact {e['bytes_model']:,} + code {e['bytes_code']:,} = {e['bytes_total']:,} bytes, {verdict}"
+    return "\n".join([*rows, f"\033[31m{total}\033[0m" if over else total])
+
+
+# What people read is formatted from what machines read, so the two cannot disagree.
+LOG_LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "config": lambda e: f"run {e['run_id']}  preset {e['preset']}  " + " ".join(f"{name}={value}" for name, value in e["changed"].items()),
+    "env": lambda e: f"commit {e['commit']}  torch {e['torch']}  {e['device_name']} x {e['world_size']}  {e['params']:,} parameters",
+    "phase": lambda e: f"phase from step {e['step']}: layers {','.join(map(str, e['order']))}  {e['seq_len']} tokens a row  qat {int(e['qat'])}",
+    "step": step_line,
+    "val": lambda e: f"step {e['step']}  val_loss {e['val_loss']:.4f}  val_bpb {e['val_bpb']:.4f}  ({e['seconds']:.1f} s)",
+    "note": lambda e: e["text"],
+    "export": export_line,
+    "eval": lambda e: f"{e['name']} evaluation of the artifact: val_loss {e['val_loss']:.4f}  val_bpb {e['val_bpb']:.4f}  ({e['seconds']:.1f} s)",
+    "result": lambda e: (
+        f"val_bpb {e['val_bpb']:.4f}  bytes {e['bytes_total']:,} of {e['bytes_cap']:,}  train {e['train_seconds']:.1f} s  eval {e['eval_seconds']:.1f} s"
+        if e["val_bpb"] is not None
+        else "done: " + " ".join(f"{key}={e[key]}" for key in ("steps", "pre_quant_val_bpb", "bytes_total") if e[key] is not None)
+    ),
+}
+
+
+class Log:
+    """Events to `run.jsonl`, their lines to `log.txt` and standard output; silent on every rank but 0."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Appends to the files in `folder`; None = a rank that does not log."""
+        self.events = open(folder / "run.jsonl", "a", encoding="utf-8") if folder else None  # noqa: SIM115
+        self.lines = open(folder / "log.txt", "a", encoding="utf-8") if folder else None  # noqa: SIM115
+        self.live = folder is not None and sys.stdout.isatty()
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Records one event and prints its line."""
+        if self.events is None or self.lines is None:
+            return
+        event = {"event": kind, "time": round(time.time(), 3), **values}
+        self.events.write(json.dumps(event) + "\n")
+        line = LOG_LINES[kind](event)
+        self.lines.write(line + "\n")
+        self.events.flush()
+        self.lines.flush()
+        print(f"\r\033[K{line}" if self.live else line, flush=True)
+
+    def note(self, text: str) -> None:
+        """Records a sentence."""
+        self.event("note", text=text)
+
+    def progress(self, line: str) -> None:
+        """Shows a line that the next one overwrites; only on a terminal."""
+        if self.live:
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    def close(self) -> None:
+        """Closes both files."""
+        for file in (self.events, self.lines):
+            if file is not None:
+                file.close()
+
+
+class Run(NamedTuple):
+    """What every stage needs: settings, ranks, log, the run folder, and signals."""
+
+    config: Config
+    world: World
+    log: Log
+    folder: Path
+    signals: StopSignals
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the shard format, the order of training rows, and how many bytes of text each token stands for. Every batch is a function of the
+# seed and of how many rows came before it, whatever the number of ranks.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+def how_to_get(config: Config) -> str:
+    """Returns the command that makes the missing data of this configuration."""
+    folder = Path(config.data_path).name
+    if folder.startswith("fineweb10B_"):
+        return f"fetch it with: python data/download.py --variant {folder.removeprefix('fineweb10B_')}"
+    source = "data/sample/shakespeare.jsonl.xz" if folder.startswith("shakespeare") else "YOUR_TEXT.jsonl"
+    return f"build it with: python data/tokenize_docs.py --input {source} --output {config.data_path} --vocab-size {config.vocab_size}"
+
+
+def find_shards(config: Config, split: str) -> list[Path]:
+    """Returns the shards of a split ("train" or "val") in order. Raises FileNotFoundError naming the command that makes them."""
+    paths = sorted(Path(config.data_path).glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise FileNotFoundError(f"DATA_PATH={config.data_path}: no *_{split}_*.bin there; {how_to_get(config)}")
+    return paths
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Returns the uint16 tokens of a shard, memory-mapped. Raises ValueError when the header or the size is wrong."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
+        raise ValueError(f"{path}: not a token shard: {found}; expected magic {SHARD_MAGIC}, version {SHARD_VERSION}. Make or fetch it again")
+    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected or header[2] < 1:
+        raise ValueError(f"{path}: {size:,} bytes, but its header promises {header[2]:,} tokens = {expected:,} bytes; it is truncated: fetch it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Raises ValueError when a token is outside the vocabulary."""
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        raise ValueError(f"{path}: token {int(tokens.max())} is outside VOCAB_SIZE={vocab_size}; these shards were made with another tokenizer")
+
+
+class TrainLoader:
+    """Endless training rows of `seq_len + 1` tokens, cut from one shard after another.
+
+    A shard is cut into rows at a random phase and its rows are visited in a random order, both new in every pass (in order, from the first
+    token, without DATA_SHUFFLE). `state` says where the next row comes from; setting it moves the loader there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.paths = find_shards(config, "train")
+        self.shards = [read_shard(path) for path in self.paths]
+        longest = max(len(shard) for shard in self.shards)
+        if longest <= config.train_seq_len:
+            raise ValueError(f"DATA_PATH={config.data_path}: the longest train shard has {longest} tokens, too short for TRAIN_SEQ_LEN={config.train_seq_len}")
+        self.state = {"passes": 0, "shard": 0, "row": 0, "seq_len": 0}
+        self.starts_key: tuple[int, ...] = ()
+        self.starts = np.empty(0, dtype=np.int64)
+
+    def row_starts(self) -> np.ndarray:
+        """Returns where the rows of the current shard begin, in the order of this pass."""
+        passes, shard, seq_len = (self.state[key] for key in ("passes", "shard", "seq_len"))
+        if self.starts_key != (passes, shard, seq_len):
+            spare = len(self.shards[shard]) - 1
+            if self.config.data_shuffle:
+                generator = np.random.default_rng([self.config.seed, passes, shard])
+                phase = int(generator.integers(min(seq_len, spare % seq_len + 1)))
+                self.starts = generator.permutation((spare - phase) // seq_len) * seq_len + phase
+            else:
+                self.starts = np.arange(spare // seq_len) * seq_len
+            self.starts_key = (passes, shard, seq_len)
+        return self.starts
+
+    def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
+        """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64 on the rank's device."""
+        state = self.state
+        if seq_len != state["seq_len"]:
+            state.update(row=0, seq_len=seq_len)
+        picked: list[tuple[int, int]] = []
+        while len(picked) < num_rows:
+            starts = self.row_starts()[state["row"] : state["row"] + num_rows - len(picked)]
+            picked += [(state["shard"], int(start)) for start in starts]
+            state["row"] += len(starts)
+            if len(picked) < num_rows:
+                last = state["shard"] + 1 == len(self.shards)
+                state.update(row=0, shard=0 if last else state["shard"] + 1, passes=state["passes"] + last)
+        share = num_rows // world.size
+        mine = picked[world.rank * share : (world.rank + 1) * share]
+        rows = np.stack([self.shards[shard][start : start + seq_len + 1] for shard, start in mine])
+        check_tokens(rows, self.config.vocab_size, self.paths[mine[0][0]])
+        return to_device(rows, world.device)
+
+
+def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
+    """Returns `tokens` as int64 on `device`; the copy to a GPU does not block the host."""
+    tensor = torch.from_numpy(tokens.astype(np.int64))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class TokenBytes(NamedTuple):
+    """How many bytes of text each token stands for: (V,) arrays."""
+
+    own: np.ndarray  # bytes of the piece without its leading space
+    leading_space: np.ndarray  # the piece starts with a space, which counts unless a document starts there
+    boundary: np.ndarray  # control tokens: a document starts after them
+
+    def of_targets(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the bytes of targets tokens[1:], int64 (N - 1,)."""
+        previous, targets = tokens[:-1], tokens[1:]
+        return self.own[targets] + (self.leading_space[targets] & ~self.boundary[previous])
+
+
+def token_bytes(config: Config) -> TokenBytes:
+    """Returns the byte table of the tokenizer. Raises ValueError or FileNotFoundError when it does not fit the settings.
+
+    Every U+2581 of a piece is one space, one byte; byte-fallback pieces are one byte; control, unknown and unused pieces none.
+    """
+    path = Path(config.tokenizer_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"TOKENIZER_PATH={path}: no such file; {how_to_get(config)}")
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({error})") from None
+    size = model.vocab_size()
+    if size != config.vocab_size:
+        raise ValueError(f"VOCAB_SIZE={config.vocab_size}, but TOKENIZER_PATH={path} has {size} tokens; set VOCAB_SIZE={size}, or the path of the right model")
+    if model.bos_id() != config.bos_id:
+        raise ValueError(f"BOS_ID={config.bos_id}, but TOKENIZER_PATH={path} says {model.bos_id()}; set BOS_ID={model.bos_id()}")
+    table = TokenBytes(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool))
+    for token in range(size):
+        table.boundary[token] = model.is_control(token)
+        if model.is_byte(token):
+            table.own[token] = 1
+        elif not (model.is_control(token) or model.is_unknown(token) or model.is_unused(token)):
+            text = model.id_to_piece(token).replace("\u2581", " ")
+            table.leading_space[token] = text.startswith(" ")
+            table.own[token] = len(text.encode()) - text.startswith(" ")
+    return table
+
+
+class ValData(NamedTuple):
+    """The validation split: every token, and the bytes of every target."""
+
+    tokens: np.ndarray  # (N,) uint16
+    target_bytes: np.ndarray  # (N - 1,) int64
+
+
+def load_val(config: Config) -> ValData:
+    """Returns the whole validation split. Raises ValueError when it is damaged or shorter than one window."""
+    table = token_bytes(config)
+    shards = []
+    for path in find_shards(config, "val"):
+        shards.append(np.array(read_shard(path)))
+        check_tokens(shards[-1], config.vocab_size, path)
+    tokens = np.concatenate(shards)
+    if len(tokens) <= config.window:
+        raise ValueError(f"DATA_PATH={config.data_path}: {len(tokens)} validation tokens do not fill one window of {config.window} and its target")
+    return ValData(tokens, table.of_targets(tokens))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Schedule
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns what changes during training. A `Phase` is everything that changes what is computed, and is an argument of forward; a `Schedule`
+# is a pure function from progress to the phase and the optimiser's knobs.
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the network computes: executed layers, tokens a row, and whether weights pass through their grid."""
+
+    order: tuple[int, ...]
+    seq_len: int
+    qat: bool = False
+
+
+class Progress(NamedTuple):
+    """How far training has come."""
+
+    step: int
+    frac: float  # the larger of step fraction and time fraction
+    remaining_steps: float
+
+
+class Knobs(NamedTuple):
+    """What the schedule sets for one step."""
+
+    phase: Phase
+    lr_scale: float
+    momentum: float
+
+
+class Schedule:
+    """Trapezoid: a constant learning rate, then a linear decay to LR_FLOOR_FRAC over the last WARMDOWN_ITERS steps or WARMDOWN_FRAC of the run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.plain = Phase(tuple(range(config.num_layers)), config.train_seq_len)
+        self.quantised = replace(self.plain, qat=True)
+
+    def phases(self) -> list[Phase]:
+        """Returns every phase that a run can reach, in order."""
+        start = self.config.qat_start_frac
+        return [self.plain] * (start > 0) + [self.quantised] * (start < 1)
+
+    @property
+    def scored_phase(self) -> Phase:
+        """The phase of evaluation: the last order of layers. Weights are not passed through the grid: those of the artifact lie on it."""
+        return self.plain
+
+    def progress(self, step: int, seconds: float, step_seconds: float) -> Progress:
+        """Returns the progress after `step` steps and `seconds` of training, at an average of `step_seconds`."""
+        c = self.config
+        remaining = float(c.iterations - step)
+        frac = step / c.iterations
+        if c.max_wallclock_seconds:
+            frac = max(frac, seconds / c.max_wallclock_seconds)
+            if step_seconds:
+                remaining = min(remaining, (c.max_wallclock_seconds - seconds) / step_seconds)
+        return Progress(step, min(frac, 1.0), max(remaining, 0.0))
+
+    def __call__(self, progress: Progress) -> Knobs:
+        """Returns the knobs of the step that starts at `progress`."""
+        c = self.config
+        decay = 1.0
+        if c.warmdown_iters:
+            decay = min(progress.remaining_steps / c.warmdown_iters, 1.0)
+        elif c.warmdown_frac:
+            decay = min((1 - progress.frac) / c.warmdown_frac, 1.0)
+        warm = min(progress.step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        momentum = c.muon_momentum_warmup_start + warm * (c.muon_momentum - c.muon_momentum_warmup_start)
+        phase = self.quantised if progress.frac >= c.qat_start_frac < 1 else self.plain
+        return Knobs(phase, c.lr_floor_frac + (1 - c.lr_floor_frac) * decay, momentum)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Roles and grids
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns what a parameter is for, which decides its optimiser, rate and width in the artifact, and the grids that quantised weights lie on.
+# Training (fake quantisation), export and the reader use the same grid, so simulation cannot differ from the artifact.
+
+
+class Role(Enum):
+    """What a parameter is for."""
+
+    EMBED = "embed"
+    HEAD = "head"
+    MATRIX = "matrix"
+    GAIN = "gain"
+
+
+class RoleRule(NamedTuple):
+    """How parameters of a role are trained and stored."""
+
+    optimizer: str  # "muon" or "adam"
+    lr: float
+    weight_decay: float
+    bits: int  # 2 to 8: integers on a per-row grid; 16: float16
+
+
+def role_rules(config: Config) -> dict[Role, RoleRule]:
+    """Returns the one table from role to optimiser, learning rate, weight decay and bits."""
+    c = config
+    return {
+        Role.EMBED: RoleRule("adam", c.tied_embed_lr if c.tie_embeddings else c.embed_lr, c.adam_weight_decay, c.embed_bits),
+        Role.HEAD: RoleRule("adam", c.head_lr, c.adam_weight_decay, c.matrix_bits),
+        Role.MATRIX: RoleRule("muon", c.matrix_lr, c.muon_weight_decay, c.matrix_bits),
+        Role.GAIN: RoleRule("adam", c.scalar_lr, 0.0, 16),
+    }
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """Returns parameter name -> role, from the `roles` each module declares for its own parameters. A parameter without one is an error."""
+    roles: dict[str, Role] = {}
+    for prefix, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            declared: Mapping[str, Role] = module.roles
+            roles[f"{prefix}.{name}" if prefix else name] = declared[name]
+    return roles
+
+
+class Grid(NamedTuple):
+    """The points step * {-limit .. limit}, with one step a row."""
+
+    step: Tensor  # (rows, 1), values that float16 holds
+    limit: int
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Returns the integer coordinates of the nearest points, as floats: (rows, columns)."""
+        return (weight / self.step.clamp_min(1e-12)).round().clamp(-self.limit, self.limit)
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Returns the points with these coordinates."""
+        return codes * self.step
+
+    def fake(self, weight: Tensor) -> Tensor:
+        """Returns the nearest points; the gradient passes straight through to `weight`."""
+        return weight + (self.dequantise(self.round(weight)) - weight).detach()
+
+
+def rowmax_grid(weight: Tensor, bits: int) -> Grid:
+    """Returns the grid of `bits` whose outermost point is each row's absolute maximum. `weight` is (rows, columns)."""
+    limit = 2 ** (bits - 1) - 1
+    step = weight.detach().abs().amax(dim=1, keepdim=True) / limit
+    return Grid(step.to(torch.float16).to(weight.dtype), limit)
+
+
+def predicted_bits_per_weight(bits: int, columns: int) -> float:
+    """Returns the entropy of a Gaussian row of `columns` weights on its rowmax grid, scale included: what an ideal coder would need.
+
+    A Gaussian's expected maximum over n draws is close to sqrt(2 ln n) - (ln ln n + ln 4 pi) / (2 sqrt(2 ln n)) deviations.
+    """
+    if bits == 16:
+        return 16.0
+    root = math.sqrt(2 * math.log(2 * columns))
+    largest = root - (math.log(math.log(2 * columns)) + math.log(4 * math.pi)) / (2 * root)
+    return min(math.log2(math.sqrt(2 * math.pi * math.e) * (2 ** (bits - 1) - 1) / largest), bits) + 16 / columns
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the network and its initial weights. There is one forward, for training, scoring, calibration and adaptation; `phase` says what it
+# computes and `adapters[slot][name]` adds to a projection when given. Parameters are float32 masters, cast where they are used.
+
+# One mapping per executed layer (slot), from projection name to a module that is added to the projection's output.
+Adapters = Sequence[Mapping[str, Callable[[Tensor], Tensor]]]
+
+
+class Rows(NamedTuple):
+    """What every layer needs to know about a batch of rows; computed once per forward."""
+
+    cos: Tensor  # (T, rotated / 2)
+    sin: Tensor
+    mask: Tensor | None  # (B, 1, T, T), True where attention may look; None = everything up to the own position
+
+
+def document_ids(tokens: Tensor, bos_id: int) -> Tensor:
+    """Returns the number of the document each token belongs to, counted along its row: (B, T). A document starts at its BOS."""
+    return (tokens == bos_id).cumsum(dim=1)
+
+
+def document_mask(tokens: Tensor, bos_id: int) -> Tensor:
+    """Returns which positions each position may attend to: itself and earlier ones of its own document, (B, 1, T, T) bool."""
+    ids = document_ids(tokens, bos_id)
+    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+    return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns attention by its definition: q (B, H, T, C), k and v (B, K, T, C), mask (B, 1, T, T) -> (B, H, T, C)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns what `attention_reference` returns, by PyTorch's fused kernels."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+ATTENTION_BACKENDS = {"sdpa": attention_sdpa, "reference": attention_reference}
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Returns x scaled to unit root mean square along its last dimension; no learned weight."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotary_table(length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of RoPE's angles, each (length, dims / 2). Source: arXiv:2104.09864."""
+    frequencies = base ** -(torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rows: Rows) -> Tensor:
+    """Returns x (B, heads, T, C) with its first dimensions rotated by position; the others stay as they are."""
+    half = rows.cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((first * rows.cos + second * rows.sin, second * rows.cos - first * rows.sin, rest), dim=-1)
+
+
+class Linear(nn.Module):
+    """y = x W^T, W (outputs, inputs), cast to x's dtype; on the grid in a QAT phase; plus the adapter's output where one is given."""
+
+    def __init__(self, inputs: int, outputs: int, role: Role, bits: int, *, zero_init: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.roles = {"weight": role}
+        self.bits = bits
+        self.zero_init = zero_init
+
+    def forward(self, x: Tensor, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None = None, name: str = "") -> Tensor:
+        y = F.linear(x, stored_weight(self.weight, self.bits, phase).to(x.dtype))
+        return y if adapters is None else y + adapters[name](x)
+
+
+def stored_weight(weight: Tensor, bits: int, phase: Phase) -> Tensor:
+    """Returns the weight as the artifact would hold it in a QAT phase (gradient straight through), and as it is otherwise."""
+    return rowmax_grid(weight, bits).fake(weight) if phase.qat else weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads, normalised queries and keys, a learned gain per query head, and RoPE."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c = config
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.q = Linear(c.model_dim, c.num_heads * c.head_dim, Role.MATRIX, c.matrix_bits)
+        self.k = Linear(c.model_dim, c.num_kv_heads * c.head_dim, Role.MATRIX, c.matrix_bits)
+        self.v = Linear(c.model_dim, c.num_kv_heads * c.head_dim, Role.MATRIX, c.matrix_bits)
+        self.out = Linear(c.num_heads * c.head_dim, c.model_dim, Role.MATRIX, c.matrix_bits, zero_init=True)
+        self.q_gain = nn.Parameter(torch.empty(c.num_heads))
+        self.roles = {"q_gain": Role.GAIN}
+        self.attend = ATTENTION_BACKENDS[c.attention_backend]
+
+    def forward(self, x: Tensor, rows: Rows, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None) -> Tensor:
+        def split(projected: Tensor, heads: int) -> Tensor:
+            return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+        q = rms_norm(split(self.q(x, phase, adapters, "q"), self.heads))
+        k = rms_norm(split(self.k(x, phase, adapters, "k"), self.kv_heads))
+        v = split(self.v(x, phase, adapters, "v"), self.kv_heads)
+        q = rotate(q, rows) * self.q_gain.to(q.dtype)[:, None, None]
+        y = self.attend(q, rotate(k, rows), v, rows.mask)
+        return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out")
+
+
+class MLP(nn.Module):
+    """relu(x W_up)^2 W_down. Source: arXiv:2109.08668."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.up = Linear(config.model_dim, config.mlp_dim, Role.MATRIX, config.matrix_bits)
+        self.down = Linear(config.mlp_dim, config.model_dim, Role.MATRIX, config.matrix_bits, zero_init=True)
+
+    def forward(self, x: Tensor, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None) -> Tensor:
+        return self.down(F.relu(self.up(x, phase, adapters, "up")).square(), phase, adapters, "down")
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on a learned mix of the stream and the embedding: x_in = mix0 x + mix1 x0, per dimension."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+        self.mix = nn.Parameter(torch.empty(2, config.model_dim))
+        self.attention_scale = nn.Parameter(torch.empty(config.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
+        self.roles = dict.fromkeys(("mix", "attention_scale", "mlp_scale"), Role.GAIN)
+
+    def forward(self, x: Tensor, x0: Tensor, rows: Rows, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None) -> Tensor:
+        mix = self.mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attention_scale.to(x.dtype) * self.attention(rms_norm(x), rows, phase, adapters)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x), phase, adapters)
+
+
+class GPT(nn.Module):
+    """The network: embedding, blocks in the order of the phase with U-Net skips, softcapped head."""
+
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32) -> None:
+        """Builds it with weights unset: call `init_weights`, or load them. `dtype` is that of activations."""
+        super().__init__()
+        c = config
+        self.config = config
+        self.dtype = dtype
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.skip_scale = nn.Parameter(torch.empty(c.num_layers // 2, c.model_dim))
+        self.roles = {"embed": Role.EMBED, "skip_scale": Role.GAIN}
+        self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, Role.HEAD, c.matrix_bits, zero_init=True)
+
+    def init_weights(self) -> None:
+        """Sets every parameter to its start, from the global random state. Raises on a parameter that no rule covers."""
+        covered = {id(self.embed), id(self.skip_scale)}
+        nn.init.normal_(self.embed, std=self.config.tied_embed_init_std if self.head is None else 1.0)
+        nn.init.ones_(self.skip_scale)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                if module.zero_init:
+                    nn.init.zeros_(module.weight)
+                elif self.config.matrix_init == "orthogonal":
+                    nn.init.orthogonal_(module.weight)
+                else:  # what torch.nn.Linear does, and so the starter
+                    nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+                covered.add(id(module.weight))
+            elif isinstance(module, Attention):
+                nn.init.constant_(module.q_gain, self.config.qk_gain_init)
+                covered.add(id(module.q_gain))
+            elif isinstance(module, Block):
+                module.mix.data.copy_(torch.tensor([[1.0], [0.0]]).expand_as(module.mix))
+                nn.init.ones_(module.attention_scale)
+                nn.init.ones_(module.mlp_scale)
+                covered |= {id(module.mix), id(module.attention_scale), id(module.mlp_scale)}
+        missed = [name for name, parameter in self.named_parameters() if id(parameter) not in covered]
+        assert not missed, f"no initial value for {missed}"
+
+    def hidden(self, tokens: Tensor, phase: Phase, adapters: Adapters | None) -> Tensor:
+        """Returns the stream after the last block: tokens (B, T) -> (B, T, D). The first half of the executed layers push, the second half pop."""
+        c = self.config
+        cos, sin = rotary_table(tokens.shape[1], c.rotated_dims, c.rope_base, tokens.device, self.dtype)
+        rows = Rows(cos, sin, document_mask(tokens, c.bos_id) if c.doc_mask else None)
+        x = x0 = rms_norm(F.embedding(tokens, stored_weight(self.embed, c.embed_bits, phase)).to(self.dtype))
+        half = len(phase.order) // 2
+        skips: list[Tensor] = []
+        for slot, layer in enumerate(phase.order):
+            if half <= slot < 2 * half:
+                x = x + self.skip_scale[slot - half].to(x.dtype) * skips.pop()
+            x = self.blocks[layer](x, x0, rows, phase, adapters[slot] if adapters else None)
+            if slot < half:
+                skips.append(x)
+        return x
+
+    def logits(self, tokens: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
+        """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
+        x = rms_norm(self.hidden(tokens, phase, adapters))
+        tied = stored_weight(self.embed, self.config.embed_bits, phase).to(x.dtype)
+        raw = self.head(x, phase) if self.head is not None else F.linear(x, tied)
+        raw = raw if raw.dtype == torch.float64 else raw.float()
+        return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
+        """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T)."""
+        logits = self.logits(tokens, phase, adapters)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Optimiser
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns how averaged gradients become new weights. Muon's work is shared out over the ranks, Adam's is repeated on each; weights stay
+# bit-equal across ranks. All state lives in `state`, under the parameters' names.
+
+POLYNOMIALS = {
+    # Minimax for singular values in [0.001, 1]: arXiv:2505.16932, with its safety factor 1.02 on the norm.
+    "polar_express": (
+        1.02,
+        (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+    ),
+    # The Newton-Schulz quintic of Muon: https://kellerjordan.github.io/posts/muon/
+    "classic": (1.0, ((3.4445, -4.7750, 2.0315),) * 5),
+}
+
+
+def orthogonalise(matrices: Tensor, steps: int, coefficients: str) -> Tensor:
+    """Returns matrices (n, rows, columns) with their singular values brought close to 1 and their singular vectors kept.
+
+    Runs in bfloat16 on a GPU, where the iteration is bound by matrix products, and in the given dtype elsewhere.
+    """
+    safety, polynomials = POLYNOMIALS[coefficients]
+    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    tall = x.shape[1] > x.shape[2]
+    x = x.transpose(1, 2) if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * safety + 1e-7)
+    for a, b, c in polynomials[:steps]:
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Returns the gradients and takes them off the parameters. A parameter that backward did not reach is an error."""
+    gradients = []
+    for parameter in parameters:
+        assert parameter.grad is not None, "every optimised parameter has a gradient"
+        gradients.append(parameter.grad)
+        parameter.grad = None
+    return gradients
+
+
+class MuonGroup:
+    """Matrices of one shape, stacked; this rank keeps the momentum of its share and orthogonalises it.
+
+    Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)), with decoupled weight decay.
+    """
+
+    def __init__(self, names: list[str], parameters: list[nn.Parameter], rule: RoleRule, config: Config, world: World) -> None:
+        self.names, self.parameters, self.rule, self.config, self.world = names, parameters, rule, config, world
+        self.share = -(-len(parameters) // world.size)
+        self.state = {"momentum": torch.zeros(self.share, *parameters[0].shape, dtype=parameters[0].dtype, device=parameters[0].device)}
+        self.orthogonalise = torch.compile(orthogonalise) if config.compile else orthogonalise
+
+    def reduce(self) -> list[Tensor]:
+        """Returns [the gradients of this rank's share, summed over ranks], (share, rows, columns)."""
+        gradients = take_gradients(self.parameters)
+        padding = [torch.zeros_like(gradients[0])] * (self.share * self.world.size - len(gradients))
+        return [self.world.scatter_sum(torch.stack(gradients + padding))]
+
+    def step(self, gradients: list[Tensor], knobs: Knobs, ok: Tensor) -> None:
+        """Moves the weights; leaves them as they are where `ok` is 0."""
+        (gradient,), momentum = gradients, self.state["momentum"]
+        momentum.mul_(knobs.momentum).add_(gradient)
+        update = self.orthogonalise(gradient + knobs.momentum * momentum, self.config.muon_backend_steps, self.config.muon_coefficients)
+        rows, columns = update.shape[1:]
+        rate = ok * (knobs.lr_scale * self.rule.lr)
+        updates = self.world.gather(update)[: len(self.parameters)].to(momentum.dtype) * (rate * max(1.0, rows / columns) ** 0.5)
+        weights = [parameter.data for parameter in self.parameters]
+        if self.rule.weight_decay:
+            torch._foreach_mul_(weights, 1 - rate * self.rule.weight_decay)
+        torch._foreach_sub_(weights, list(updates.unbind()))
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the state of every parameter by name, the same for any number of ranks. Every rank must call it."""
+        whole = self.world.gather(self.state["momentum"])
+        return {name: {"momentum": row.clone()} for name, row in zip(self.names, whole, strict=False)}
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restores what `state_dict` returned."""
+        mine = self.names[self.world.rank * self.share : (self.world.rank + 1) * self.share]
+        self.state["momentum"].zero_()
+        for row, name in zip(self.state["momentum"], mine, strict=False):
+            row.copy_(saved[name]["momentum"])
+
+
+class AdamGroup:
+    """AdamW for parameters of one role; every rank does the same work. Source: arXiv:1711.05101."""
+
+    def __init__(self, names: list[str], parameters: list[nn.Parameter], rule: RoleRule, config: Config, world: World) -> None:
+        self.names, self.parameters, self.rule, self.config, self.world = names, parameters, rule, config, world
+        zeros = [torch.zeros_like(parameter.data) for parameter in parameters]
+        steps = torch.zeros((), dtype=torch.float64)
+        self.state: dict[str, Any] = {"first": zeros, "second": [zero.clone() for zero in zeros], "steps": steps}
+
+    def reduce(self) -> list[Tensor]:
+        """Returns the gradients, summed over ranks in one transfer."""
+        flat = self.world.sum_(torch.cat([gradient.flatten() for gradient in take_gradients(self.parameters)]))
+        pieces = flat.split([parameter.numel() for parameter in self.parameters])
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+    def step(self, gradients: list[Tensor], knobs: Knobs, ok: Tensor) -> None:
+        """Moves the weights; leaves them as they are where `ok` is 0."""
+        c, first, second = self.config, self.state["first"], self.state["second"]
+        self.state["steps"] += 1
+        count = float(self.state["steps"])
+        torch._foreach_lerp_(first, gradients, 1 - c.beta1)
+        torch._foreach_mul_(second, c.beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - c.beta2)
+        roots = torch._foreach_sqrt(second)
+        torch._foreach_div_(roots, math.sqrt(1 - c.beta2**count))
+        torch._foreach_add_(roots, c.adam_eps)
+        updates = torch._foreach_div(first, roots)
+        rate = ok * (knobs.lr_scale * self.rule.lr)
+        torch._foreach_mul_(updates, rate / (1 - c.beta1**count))
+        weights = [parameter.data for parameter in self.parameters]
+        if self.rule.weight_decay:
+            torch._foreach_mul_(weights, 1 - rate * self.rule.weight_decay)
+        torch._foreach_sub_(weights, updates)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the state of every parameter by name."""
+        moments = zip(self.names, self.state["first"], self.state["second"], strict=True)
+        return {name: {"first": first.clone(), "second": second.clone(), "steps": self.state["steps"].clone()} for name, first, second in moments}
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restores what `state_dict` returned."""
+        for index, name in enumerate(self.names):
+            self.state["first"][index].copy_(saved[name]["first"])
+            self.state["second"][index].copy_(saved[name]["second"])
+            self.state["steps"].copy_(saved[name]["steps"])
+
+
+class StepStats(NamedTuple):
+    """What a step reports, as tensors that have not been waited for."""
+
+    loss: Tensor  # nats per token, averaged over the whole batch
+    grad_norm: Tensor  # of the averaged gradient, before clipping
+
+
+class Optimizer:
+    """All groups of a model: reduces gradients over ranks, clips the averaged gradient, steps, and leaves weights alone when it is not finite."""
+
+    def __init__(self, model: GPT, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        rules, roles = role_rules(config), parameter_roles(model)
+        members: dict[tuple[Any, ...], list[str]] = {}
+        parameters = dict(model.named_parameters())
+        for name, role in roles.items():
+            shape = tuple(parameters[name].shape) if rules[role].optimizer == "muon" else ()
+            members.setdefault((role, shape), []).append(name)
+        self.groups: list[MuonGroup | AdamGroup] = []
+        for (role, _), names in members.items():
+            kind = MuonGroup if rules[role].optimizer == "muon" else AdamGroup
+            self.groups.append(kind(names, [parameters[name] for name in names], rules[role], config, world))
+        optimised = [name for group in self.groups for name in group.names]
+        assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"
+
+    def step(self, loss: Tensor, knobs: Knobs) -> StepStats:
+        """Applies the gradients left by backward, already scaled to sum to the average over the batch. `loss` is this rank's part of the loss."""
+        gradients = [group.reduce() for group in self.groups]
+        # A Muon group holds a share of the gradient, an Adam group all of it, so only the former is summed over ranks.
+        totals = torch.zeros(2, dtype=torch.float32, device=loss.device)
+        totals[0] = loss.detach()
+        replicated = torch.zeros((), dtype=torch.float32, device=loss.device)
+        for group, tensors in zip(self.groups, gradients, strict=True):
+            square = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
+            if isinstance(group, MuonGroup):
+                totals[1] += square
+            else:
+                replicated += square
+        self.world.sum_(totals)
+        stats = StepStats(totals[0], (totals[1] + replicated).sqrt())
+        ok = (stats.loss.isfinite() & stats.grad_norm.isfinite()).to(loss.dtype)
+        limit = self.config.grad_clip_norm
+        clip = (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0) if limit else None
+        for group, tensors in zip(self.groups, gradients, strict=True):
+            for tensor in tensors:
+                tensor.masked_fill_(ok == 0, 0.0)
+            if clip is not None:
+                torch._foreach_mul_(tensors, clip)
+            group.step(tensors, knobs, ok)
+        return stats
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the state of every parameter by name. Every rank must call it."""
+        return {name: state for group in self.groups for name, state in group.state_dict().items()}
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restores what `state_dict` returned."""
+        for group in self.groups:
+            group.load_state_dict(saved)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
+# evaluation only the callback `validate`.
+
+CHECKPOINT_VERSION = 1
+# The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
+STEPS_IN_FLIGHT = 3
+
+
+class Score(NamedTuple):
+    """An evaluation of the whole validation split."""
+
+    val_loss: float  # nats per token
+    val_bpb: float  # bits per byte of text
+    seconds: float
+    targets: int
+    bytes: int
+
+
+class Diverged(ValueError):
+    """Training met a loss or gradient that is not finite."""
+
+
+class TrainingState(NamedTuple):
+    """Everything that training changes; `save` and `load` serve warm-up, checkpoints and resume alike."""
+
+    model: GPT
+    optimizer: Optimizer
+    loader: TrainLoader
+
+    def save(self) -> dict[str, Any]:
+        """Returns a copy on the CPU. Every rank must call it."""
+        weights = {name: parameter.detach().cpu().clone() for name, parameter in self.model.named_parameters()}
+        moments = {name: {key: value.cpu() for key, value in state.items()} for name, state in self.optimizer.state_dict().items()}
+        return {"model": weights, "optimizer": moments, "loader": dict(self.loader.state)}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restores what `save` returned."""
+        load_weights(self.model, saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.loader.state = dict(saved["loader"])
+
+
+def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
+    """Copies `weights` into the model's parameters; both must have the same names and shapes."""
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(weights), set(parameters) ^ set(weights)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint: version, settings, step, seconds, finished, state. Raises ValueError when it is not one, or damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["version"] != CHECKPOINT_VERSION:
+            raise ValueError(f"version {saved['version']}, expected {CHECKPOINT_VERSION}")
+    except Exception as error:  # torch.load raises a different type for every kind of damage
+        raise ValueError(f"{path}: not a checkpoint of this script, or damaged ({str(error).splitlines()[0]})") from None
+    return saved
+
+
+def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, *, finished: bool) -> None:
+    """Writes `checkpoint.pt` into the run folder, atomically. Every rank must call it."""
+    saved = state.save()
+    if run.world.is_main:
+        partial = run.folder / "checkpoint.pt.partial"
+        content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), "step": step, "seconds": seconds, "finished": finished, "state": saved}
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, run.folder / "checkpoint.pt")
+
+
+def check_same_settings(saved: Mapping[str, Any], config: Config) -> None:
+    """Raises ValueError listing the settings in which a checkpoint differs from this run, where they reach the trained weights."""
+    now = asdict(config)
+    differing = [name for name in now if name not in FREE_ON_RESUME and saved.get(name) != now[name]]
+    if differing:
+        lines = [f"  {name.upper()}: checkpoint {saved.get(name)!r}, now {now[name]!r}" for name in differing]
+        raise ValueError("RESUME=1: the checkpoint was made with other settings; use its config.env, or another RUN_ID:\n" + "\n".join(lines))
+
+
+class HostCopy:
+    """Numbers on their way from the device: `read` waits for this copy alone, not for work queued after it."""
+
+    def __init__(self, stats: StepStats) -> None:
+        values = torch.stack(list(stats))
+        self.arrived = torch.cuda.Event() if values.is_cuda else None
+        self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True) if values.is_cuda else values.cpu()
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> tuple[float, float]:
+        """Returns (loss, gradient norm)."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm = self.values.tolist()
+        return loss, grad_norm
+
+
+def rows_per_forward(config: Config, seq_len: int, ranks: int) -> int:
+    """Returns the rows of a micro-batch: the most that MICRO_BATCH_TOKENS allows and that divide a rank's share of the batch evenly."""
+    rows = config.train_batch_tokens // seq_len
+    if rows % ranks:
+        raise ValueError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {rows} rows of {seq_len} tokens, which {ranks} ranks cannot share evenly")
+    share = rows // ranks
+    most = min(share, config.micro_batch_tokens // seq_len)
+    return next(count for count in range(most, 0, -1) if share % count == 0)
+
+
+def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: TrainLoader, knobs: Knobs) -> StepStats:
+    """Returns the statistics of one step over the whole batch. Its result does not depend on how rows are spread over ranks and micro-batches."""
+    config, world, seq_len = loader.config, optimizer.world, knobs.phase.seq_len
+    rows = loader.next_rows(config.train_batch_tokens // seq_len, seq_len, world)
+    loss = torch.zeros((), device=world.device)
+    for part in rows.split(rows_per_forward(config, seq_len, world.size)):
+        nats = forward(part[:, :-1], part[:, 1:], knobs.phase)
+        share = nats.sum() / config.train_batch_tokens
+        share.backward()
+        loss += share.detach()
+    return optimizer.step(loss, knobs)
+
+
+def warm_up(run: Run, forward: Callable[..., Tensor], state: TrainingState, schedule: Schedule) -> None:
+    """Runs and so compiles every phase, then puts weights, optimiser state and data order back, bit for bit."""
+    steps = run.config.warmup_steps
+    if not steps:
+        return
+    began = time.perf_counter()
+    before = state.save()
+    for phase in schedule.phases():
+        for step in range(steps):
+            training_step(forward, state.optimizer, state.loader, Knobs(phase, 1.0, run.config.muon_momentum))
+            run.log.progress(f"warm-up {step + 1}/{steps} of phase {phase}")
+    state.load(before)
+    synchronise(run.world)
+    run.log.note(f"warm-up: {steps} steps of each of {len(schedule.phases())} phases in {time.perf_counter() - began:.1f} s, then undone")
+
+
+def synchronise(world: World) -> None:
+    """Waits until the device has done what was queued."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Trained(NamedTuple):
+    """What training hands on."""
+
+    steps: int
+    seconds: float
+    score: Score  # of the trained weights, before quantisation
+
+
+class Trainer:
+    """One training run: `train` is the loop, the other methods are what happens between its steps."""
+
+    def __init__(self, run: Run, model: GPT, loader: TrainLoader, validate: Callable[[Callable[..., Tensor]], Score]) -> None:
+        """`validate` scores the model it is given on the whole validation split."""
+        self.run = run
+        self.forward: Callable[..., Tensor] = torch.compile(model, fullgraph=True, dynamic=False) if run.config.compile else model
+        self.state = TrainingState(model, Optimizer(model, run.config, run.world), loader)
+        self.schedule = Schedule(run.config)
+        self.score_now = validate
+        self.step = 0
+        self.clock = Clock()
+        self.logged = (0, 0.0)  # step and seconds of the last log line
+        self.in_flight: tuple[int, HostCopy, Knobs] | None = None
+
+    def train(self) -> Trained:
+        """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
+        config, world, signals = self.run.config, self.run.world, self.run.signals
+        finished = self.resume()
+        if not finished:
+            warm_up(self.run, self.forward, self.state, self.schedule)
+            signals.deferred = True
+            try:
+                stopped = self.loop()
+            except Diverged:
+                self.keep_last_good_state()
+                raise
+            write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=not stopped)
+            signals.deferred = False
+            if stopped:
+                number = signals.received or signal.SIGTERM
+                self.run.log.note(f"stopped by {number.name} after step {self.step}; continue with RESUME=1 RUN_ID={config.run_id}")
+                raise SystemExit(128 + number)
+        peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB" if world.device.type == "cuda" else ""
+        self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights saved in checkpoint.pt")
+        return Trained(self.step, self.clock.seconds(), self.validate())
+
+    def loop(self) -> bool:
+        """Runs steps until the end; returns whether a signal ended it early."""
+        config, world = self.run.config, self.run.world
+        link = ControlLink(world, Control(self.clock.seconds(), stop=False))
+        phase: Phase | None = None
+        self.logged = (self.step, self.clock.seconds())
+        self.clock.start()
+        while True:
+            control = link.exchange(self.clock.seconds(), self.run.signals.received is not None)
+            step_seconds = control.seconds / max(self.step - 1, 1)
+            late = 0 < config.max_wallclock_seconds < control.seconds + STEPS_IN_FLIGHT * step_seconds
+            if control.stop or late or self.step == config.iterations:
+                break
+            knobs = self.schedule(self.schedule.progress(self.step, control.seconds, step_seconds))
+            if knobs.phase != phase:
+                phase = knobs.phase
+                self.run.log.event("phase", step=self.step, **asdict(phase))
+            stats = training_step(self.forward, self.state.optimizer, self.state.loader, knobs)
+            self.step += 1
+            self.report()
+            self.in_flight = (self.step, HostCopy(stats), knobs)
+            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                self.report()
+                write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
+            if config.val_loss_every and self.step % config.val_loss_every == 0 and self.step < config.iterations:
+                self.report()
+                self.validate()
+        self.report()
+        synchronise(world)
+        self.clock.pause()
+        return control.stop
+
+    def report(self) -> None:
+        """Reads the numbers of the step in flight, if any, and logs them when their turn has come. Raises Diverged when they are not finite."""
+        if self.in_flight is None:
+            return
+        (step, numbers, knobs), self.in_flight = self.in_flight, None
+        loss, grad_norm = numbers.read()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}; that step was not applied. Try a lower learning rate or GRAD_CLIP_NORM=1")
+        config, seconds = self.run.config, self.clock.seconds()
+        steps, elapsed = step - self.logged[0], seconds - self.logged[1]
+        remaining = (config.iterations - step) * seconds / step
+        if config.max_wallclock_seconds:
+            remaining = min(remaining, max(config.max_wallclock_seconds - seconds, 0.0))
+        event = {
+            "step": step, "steps": config.iterations, "train_loss": loss, "grad_norm": grad_norm, "lr_scale": knobs.lr_scale,
+            "step_ms": 1000 * elapsed / max(steps, 1), "tokens_per_second": config.train_batch_tokens * steps / max(elapsed, 1e-9),
+            "train_seconds": seconds, "remaining_seconds": remaining,
+        }
+        if step % config.train_log_every == 0 or step in (1, config.iterations):
+            self.run.log.event("step", **event)
+            self.logged = (step, seconds)
+        else:
+            self.run.log.progress(step_line(event))
+
+    def validate(self) -> Score:
+        """Returns the score of the weights as they are; the clock does not count it."""
+        synchronise(self.run.world)
+        running = self.clock.started is not None
+        if running:
+            self.clock.pause()
+        score = self.score_now(self.forward)
+        self.run.log.event("val", step=self.step, train_seconds=self.clock.seconds(), **score._asdict())
+        if running:
+            self.clock.start()
+        return score
+
+    def resume(self) -> bool:
+        """Continues from the run's checkpoint when RESUME asks for it; returns whether training was already finished."""
+        if not self.run.config.resume:
+            return False
+        path = self.run.folder / "checkpoint.pt"
+        if not path.exists():
+            self.run.log.note("no checkpoint yet: training starts from step 0")
+            return False
+        saved = read_checkpoint(path)
+        check_same_settings(saved["settings"], self.run.config)
+        self.state.load(saved["state"])
+        self.step, self.clock = saved["step"], Clock(saved["seconds"])
+        self.run.log.note(f"resumed after step {self.step}, {saved['seconds']:.1f} s into training")
+        return bool(saved["finished"])
+
+    def keep_last_good_state(self) -> None:
+        """After a divergence: keeps the checkpoint on disk; without one, saves the weights if they are finite."""
+        path = self.run.folder / "checkpoint.pt"
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.state.model.parameters())
+        if self.run.world.from_main(not path.exists()) and finite:
+            write_checkpoint(self.run, self.state, self.step - 1, self.clock.seconds(), finished=False)
+        self.run.log.note(f"last good state: {path if path.exists() else 'none (the weights are not finite)'}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Artifact
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the file that is scored, its reader, and the size of the packed script. Layout: magic, version, header length, header (JSON: model
+# settings, scheme, coder, per role its bits and coded bytes), coded roles, digest of all before. Nothing in it is executed.
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION, DIGEST_BYTES = b"PGOLF", 1, 16
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 16, 1 << 31
+
+
+def compress(data: bytes, coder: str) -> bytes:
+    """Returns `data` coded by a byte coder at its highest level."""
+    return zlib.compress(data, 9) if coder == "zlib" else zstandard.ZstdCompressor(level=22).compress(data)
+
+
+def decompress(data: bytes, coder: str, size: int) -> bytes:
+    """Returns the `size` bytes that `compress` was given, never allocating much more. Raises ValueError when `data` does not hold exactly that."""
+    try:
+        if coder == "zlib":
+            stream = zlib.decompressobj()
+            raw = stream.decompress(data, size + 1)
+            whole = stream.eof and not stream.unused_data
+        else:
+            whole = zstandard.frame_content_size(data) == size
+            raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size) if whole else b""
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"its {coder} data is damaged ({error})") from None
+    if not whole or len(raw) != size:
+        raise ValueError(f"its {coder} data does not hold the {size:,} bytes that its settings ask for")
+    return raw
+
+
+def parameters_by_role(model: GPT) -> dict[Role, dict[str, nn.Parameter]]:
+    """Returns the model's parameters, grouped by role in a fixed order."""
+    roles = parameter_roles(model)
+    groups = {role: {name: parameter for name, parameter in model.named_parameters() if roles[name] == role} for role in Role}
+    return {role: parameters for role, parameters in groups.items() if parameters}
+
+
+def encode_role(tensors: Sequence[Tensor], bits: int) -> bytes:
+    """Returns the raw bytes of tensors of one role: all steps (float16), then all codes (int8), or all values (float16) at 16 bits."""
+    if bits == 16:
+        return b"".join(tensor.to(torch.float16).cpu().numpy().tobytes() for tensor in tensors)
+    grids = [rowmax_grid(tensor, bits) for tensor in tensors]
+    steps = [grid.step.to(torch.float16).cpu().numpy().tobytes() for grid in grids]
+    codes = [grid.round(tensor).to(torch.int8).cpu().numpy().tobytes() for grid, tensor in zip(grids, tensors, strict=True)]
+    return b"".join(steps + codes)
+
+
+def raw_size(shapes: Sequence[torch.Size], bits: int) -> int:
+    """Returns the length of `encode_role` for tensors of these shapes."""
+    return sum(2 * shape.numel() if bits == 16 else shape.numel() + 2 * shape[0] for shape in shapes)
+
+
+def decode_role(raw: bytes, shapes: Sequence[torch.Size], bits: int) -> list[Tensor]:
+    """Returns the float32 tensors whose `encode_role` is `raw`."""
+    if bits == 16:
+        flat = torch.from_numpy(np.frombuffer(raw, dtype="<f2").astype(np.float32))
+        return [piece.view(shape) for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)]
+    rows = [shape[0] for shape in shapes]
+    steps = torch.from_numpy(np.frombuffer(raw, dtype="<f2", count=sum(rows)).astype(np.float32)).split(rows)
+    codes = torch.from_numpy(np.frombuffer(raw, dtype=np.int8, offset=2 * sum(rows)).astype(np.float32)).split([shape.numel() for shape in shapes])
+    limit = 2 ** (bits - 1) - 1
+    return [Grid(step[:, None], limit).dequantise(code.view(shape)) for step, code, shape in zip(steps, codes, shapes, strict=True)]
+
+
+def build_artifact(model: GPT, config: Config) -> tuple[bytes, list[dict[str, Any]]]:
+    """Returns the artifact and the table of bytes by role. Raises ValueError when a weight cannot be stored."""
+    rules = role_rules(config)
+    blobs, table = [], []
+    for role, parameters in parameters_by_role(model).items():
+        tensors = [parameter.detach().float() for parameter in parameters.values()]
+        if not all(bool((tensor.abs() < 65504).all()) for tensor in tensors):
+            raise ValueError(f"weights of role {role.value} are not finite or too large for float16; training diverged")
+        blobs.append(compress(encode_role(tensors, rules[role].bits), config.coder))
+        count = sum(tensor.numel() for tensor in tensors)
+        table.append({"role": role.value, "params": count, "bytes": len(blobs[-1]), "bits_per_weight": 8 * len(blobs[-1]) / count})
+    header = {
+        "settings": {name: getattr(config, name) for name in MODEL_SETTINGS},
+        "scheme": config.quant_scheme, "coder": config.coder,
+        "roles": {row["role"]: {"bits": rules[Role(row["role"])].bits, "bytes": row["bytes"]} for row in table},
+    }
+    coded_header = json.dumps(header, separators=(",", ":")).encode()
+    body = ARTIFACT_MAGIC + struct.pack("<BI", ARTIFACT_VERSION, len(coded_header)) + coded_header + b"".join(blobs)
+    table.append({"role": "header", "params": 0, "bytes": len(body) + DIGEST_BYTES - sum(map(len, blobs)), "bits_per_weight": 0.0})
+    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest(), table
+
+
+def artifact_header(data: bytes, source: str) -> tuple[dict[str, Any], int]:
+    """Returns the header of an artifact and where its coded roles begin. Raises ValueError when `data` is foreign, altered or truncated."""
+    fixed = len(ARTIFACT_MAGIC) + 5
+    if data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC or len(data) < fixed + DIGEST_BYTES:
+        raise ValueError(f"{source}: not an artifact of this script")
+    version, length = struct.unpack_from("<BI", data, len(ARTIFACT_MAGIC))
+    if version != ARTIFACT_VERSION:
+        raise ValueError(f"{source}: artifact version {version}, but this script reads version {ARTIFACT_VERSION}")
+    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if length > MAX_HEADER_BYTES or hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
+        raise ValueError(f"{source}: altered or truncated: the digest at its end does not match; copy it again from its run folder")
+    return json.loads(body[fixed : fixed + length]), fixed + length
+
+
+def with_model_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Returns `config` with the model settings of an artifact or a checkpoint. Raises ConfigError when they are not possible ones."""
+    values = {name: parse_value(name.upper(), format_value(settings[name])) for name in MODEL_SETTINGS}
+    merged = replace(config, **values)
+    problems = validate(merged)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return merged
+
+
+def read_artifact(data: bytes, config: Config, source: str) -> GPT:
+    """Returns the model that an artifact holds, on the CPU. Raises ValueError on anything that is not a whole, unaltered artifact."""
+    header, offset = artifact_header(data, source)
+    try:
+        config = with_model_settings(config, header["settings"])
+        with torch.device("meta"):
+            groups = parameters_by_role(GPT(config))
+        weights: dict[str, Tensor] = {}
+        for role, parameters in groups.items():
+            bits, coded = header["roles"][role.value]["bits"], header["roles"][role.value]["bytes"]
+            shapes = [parameter.shape for parameter in parameters.values()]
+            if bits not in (*range(2, 9), 16) or raw_size(shapes, bits) > MAX_RAW_BYTES:
+                raise ValueError(f"role {role.value} asks for {bits} bits and {raw_size(shapes, 8):,} weights")
+            raw = decompress(data[offset : offset + coded], header["coder"], raw_size(shapes, bits))
+            weights.update(zip(parameters, decode_role(raw, shapes, bits), strict=True))
+            offset += coded
+        if offset != len(data) - DIGEST_BYTES:
+            raise ValueError(f"it holds {len(data) - DIGEST_BYTES - offset} bytes that no role claims")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: not a valid artifact: {error}") from None
+    model = GPT(config, compute_dtype(config, torch.device("cpu")))
+    load_weights(model, weights)
+    return model
+
+
+def pack_script(source: str) -> bytes:
+    """Returns the script as it would be submitted: without comments and docstrings, compressed, and able to run itself.
+
+    Every rank unpacks into a private folder of its own, so that ranks do not race and tools that read source files find one.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    coded = base64.b85encode(lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_RAW, filters=filters)).decode()
+    return (
+        "import atexit,base64,lzma,os,runpy,shutil,tempfile\n"
+        f"s=lzma.decompress(base64.b85decode({coded!r}),lzma.FORMAT_RAW,filters=[{{'id':{lzma.FILTER_LZMA2},'preset':9}}])\n"
+        "d=tempfile.mkdtemp()\n"
+        "atexit.register(shutil.rmtree,d,True)\n"
+        "p=os.path.join(d,'train_gpt.py')\n"
+        "with open(p,'wb') as f:f.write(s)\n"
+        "runpy.run_path(p,{'PACKED_BYTES':os.path.getsize(__file__)},'__main__')\n"
+    ).encode()
+
+
+def code_bytes(source: str) -> int:
+    """Returns the bytes of code that count against the cap: of the packed script; one that runs packed counts its own file."""
+    return int(globals().get("PACKED_BYTES") or len(pack_script(source)))
+
+
+def export(run: Run, model: GPT) -> dict[str, Any]:
+    """Writes `artifact.bin` and returns the `export` event (bytes in total and by role). Only rank 0 does the work; all return the same."""
+    event: dict[str, Any] = {}
+    if run.world.is_main:
+        began = time.perf_counter()
+        data, table = build_artifact(model, run.config)
+        atomic_write(run.folder / "artifact.bin", data)
+        code = code_bytes(Path(__file__).read_text(encoding="utf-8"))
+        sizes = {"bytes_model": len(data), "bytes_code": code, "bytes_total": len(data) + code, "bytes_cap": run.config.bytes_cap}
+        event = {**sizes, "roles": table, "seconds": time.perf_counter() - began}
+        run.log.event("export", **event)
+    return run.world.from_main(event)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the score. An evaluation is a plan of windows in which every target is scored exactly once; the result does not depend on the
+# number of ranks. Input i of the split predicts target i + 1.
+
+
+def plan_windows(inputs: int, window: int, stride: int) -> np.ndarray:
+    """Returns one row (first input, first scored input, end) per window, each `window` inputs long: (W, 3) int64.
+
+    The scored spans follow one another and cover every input once. Each is the end of its window, so that stride < window gives every
+    target but the first ones at least window - stride inputs of context; the last window is moved back to end with the split.
+    """
+    firsts = np.concatenate([[0], np.arange(window, inputs, stride)])
+    ends = np.minimum(np.append(firsts[1:], inputs), inputs)
+    return np.stack([ends - window, firsts, ends], axis=1)
+
+
+def score_windows(run: Run, forward: Callable[..., Tensor], val: ValData, stride: int, label: str) -> np.ndarray:
+    """Returns the nats of this rank's share of the targets, in text order: float32. The share is a contiguous run of windows."""
+    config, world = run.config, run.world
+    plan = plan_windows(len(val.tokens) - 1, config.window, stride)
+    mine = plan[len(plan) * world.rank // world.size : len(plan) * (world.rank + 1) // world.size]
+    batch = max(config.val_batch_size // (config.window * world.size), 1)
+    phase = replace(Schedule(config).scored_phase, seq_len=config.window)
+    scores, began = [np.empty(0, dtype=np.float32)], time.perf_counter()
+    for index in range(0, len(mine), batch):
+        windows = mine[index : index + batch]
+        # The last batch is filled up with repeats, so that one compiled shape serves all.
+        starts = np.resize(windows[:, 0], batch)
+        rows = to_device(np.stack([val.tokens[start : start + config.window + 1] for start in starts]), world.device)
+        nats = forward(rows[:, :-1], rows[:, 1:], phase).float().cpu().numpy()
+        scores += [row[first - start : end - start] for row, (start, first, end) in zip(nats, windows, strict=False)]
+        done = (index + len(windows)) / len(mine)
+        left = (time.perf_counter() - began) * (1 / done - 1)
+        run.log.progress(f"{label} evaluation {100 * done:.0f}%  {clock_text(left)} left")
+    return np.concatenate(scores)
+
+
+def evaluate(run: Run, forward: Callable[..., Tensor], val: ValData, name: str, scores_file: str = "") -> Score:
+    """Returns the score of the whole validation split under the evaluation `name`; writes every target's nats to `scores_file` if given."""
+    began = time.perf_counter()
+    stride = {"chunked": run.config.window, "sliding": run.config.eval_stride}[name]
+    with torch.inference_mode():
+        nats = score_windows(run, forward, val, stride, name)
+    total, targets = run.world.sum_float64([float(nats.sum(dtype=np.float64)), float(len(nats))])
+    assert targets == len(val.tokens) - 1, "every target is scored exactly once"
+    if scores_file:
+        shares = run.world.gather_objects(nats)
+        if run.world.is_main:
+            with open(f"{scores_file}.partial", "wb") as file:
+                np.save(file, np.concatenate(shares))
+            os.replace(f"{scores_file}.partial", scores_file)
+    text_bytes = int(val.target_bytes.sum())
+    return Score(total / targets, total / math.log(2) / text_bytes, time.perf_counter() - began, int(targets), text_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the order of a run, the run folder, the budget calculator and the exit codes: 0 done, 1 failed, 2 bad settings, 3 over the cap,
+# 128 + signal stopped.
+
+H100_PEAK_FLOPS = 989e12
+PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, from its log
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Returns the dtype of activations."""
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return automatic if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
+
+
+def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
+    """Returns what a configuration costs, without allocating it: parameters, layer orders, FLOPs, predicted bytes, time."""
+    with torch.device("meta"):
+        model = GPT(config)
+    rules = role_rules(config)
+    table = []
+    for role, parameters in parameters_by_role(model).items():
+        count = sum(parameter.numel() for parameter in parameters.values())
+        bits = sum(p.numel() * predicted_bits_per_weight(rules[role].bits, p.shape[-1]) for p in parameters.values())
+        table.append({"role": role.value, "params": count, "bits": rules[role].bits, "predicted_bytes": round(bits / 8)})
+    code = code_bytes(source)
+    phases = []
+    for phase in Schedule(config).phases():
+        matrices = sum(p.numel() for layer in phase.order for m in model.blocks[layer].modules() if isinstance(m, Linear) for p in m.parameters())
+        attention = 2 * len(phase.order) * config.model_dim * (phase.seq_len + 1) // 2  # multiply-adds of scores and mix, mean causal context
+        forward = 2 * (matrices + config.vocab_size * config.model_dim + attention)
+        seconds = 3 * forward * config.train_batch_tokens / (ranks * H100_PEAK_FLOPS * PUBLIC_MFU)
+        steps = min(config.iterations, int(config.max_wallclock_seconds / seconds)) if config.max_wallclock_seconds else config.iterations
+        phases.append({**asdict(phase), "train_flops_per_token": 3 * forward, "estimated_step_ms": 1000 * seconds, "estimated_steps": steps})
+    total = sum(int(row["predicted_bytes"]) for row in table) + code
+    return {
+        "preset": config.preset, "params": sum(row["params"] for row in table), "roles": table, "phases": phases,
+        "predicted_bytes_code": code, "predicted_bytes_total": total, "bytes_cap": config.bytes_cap, "fits": total <= config.bytes_cap,
+        "tokens_per_step": config.train_batch_tokens, "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak",
+    }
+
+
+def plan_text(planned: Mapping[str, Any]) -> str:
+    """Returns the budget for people."""
+    lines = [f"preset {planned['preset']}: {planned['params']:,} parameters"]
+    lines += [f"  {row['role']:<8} {row['params']:>12,} weights at {row['bits']:>2} bits  {row['predicted_bytes']:>12,} bytes" for row in planned["roles"]]
+    lines.append(f"  {'code':<8} {'':>31} {planned['predicted_bytes_code']:>12,} bytes")
+    verdict = "fits" if planned["fits"] else "does NOT fit"
+    lines.append(f"predicted total {planned['predicted_bytes_total']:,} bytes {verdict} BYTES_CAP={planned['bytes_cap']:,}")
+    for phase in planned["phases"]:
+        order = ",".join(map(str, phase["order"]))
+        lines.append(f"layers {order}  {phase['seq_len']} tokens a row  qat {int(phase['qat'])}: {phase['train_flops_per_token'] / 1e6:,.1f} MFLOP per token")
+        tokens = phase["estimated_steps"] * planned["tokens_per_step"]
+        pace = f"{phase['estimated_step_ms']:,.1f} ms a step, {phase['estimated_steps']:,} steps, {tokens / 1e6:,.0f} M tokens"
+        lines.append(f"  {planned['estimate_for']} (estimate): {pace}")
+    return "\n".join(lines)
+
+
+def open_folder(config: Config, world: World) -> Path:
+    """Returns the run folder, made (or, with RESUME, found) by rank 0. Raises ValueError on every rank when it cannot be used."""
+    folder = Path(config.runs_dir) / config.run_id
+    problem = ""
+    if world.is_main:
+        try:
+            if config.resume:
+                if not (folder / "config.env").is_file():
+                    problem = f"RESUME=1: there is no run {folder}; start it without RESUME"
+            else:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+                shutil.copyfile(__file__, folder / "train_gpt.py")
+                atomic_write(folder / "config.env", config_lines(config))
+        except FileExistsError:
+            problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
+        except OSError as error:
+            problem = f"RUNS_DIR={config.runs_dir}: cannot write there ({error}); choose another place with RUNS_DIR="
+    problem = world.from_main(problem)
+    if problem:
+        raise ValueError(problem)
+    return folder
+
+
+def environment_event(world: World, source: str, model: GPT) -> dict[str, Any]:
+    """Returns what the numbers of a run depend on besides its settings."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{world.device.type} ({torch.get_num_threads()} threads)"
+    return {
+        "commit": git.stdout.strip()[:12] or "unknown", "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "device": world.device.type, "device_name": name, "world_size": world.size,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def run_stages(config: Config, world: World, signals: StopSignals) -> int:
+    """Trains, exports, reads the artifact back and scores it, as STAGES says; returns the exit code."""
+    stages, source = config.stage_list, Path(__file__).read_text(encoding="utf-8")
+    if not config.run_id:
+        config = replace(config, run_id=world.from_main(f"{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"))
+    checkpoint, artifact = None, b""
+    if "train" not in stages and "export" in stages:
+        checkpoint = read_checkpoint(Path(config.checkpoint or Path(config.runs_dir) / config.run_id / "checkpoint.pt"))
+        config = with_model_settings(config, checkpoint["settings"])
+    if "export" not in stages and "eval" in stages:
+        artifact = Path(config.artifact).read_bytes()
+        config = with_model_settings(config, artifact_header(artifact, config.artifact)[0]["settings"])
+    rows_per_forward(config, config.train_seq_len, world.size)
+    loader = TrainLoader(config) if "train" in stages else None
+    val = load_val(config) if stages != ["export"] else None
+
+    torch.manual_seed(config.seed)
+    model = GPT(config, compute_dtype(config, world.device)).to(world.device)
+    if checkpoint is None and not artifact:
+        model.init_weights()
+    folder = open_folder(config, world)
+    run = Run(config, world, Log(folder if world.is_main else None), folder, signals)
+    changed = {name: format_value(getattr(config, name.lower())) for name in SETTINGS if getattr(config, name.lower()) != getattr(Config, name.lower())}
+    run.log.event("config", run_id=config.run_id, preset=config.preset, changed=changed, settings=asdict(config))
+    run.log.event("env", **environment_event(world, source, model))
+
+    trained: Trained | None = None
+    sizes: dict[str, Any] = {}
+    scores: dict[str, Score] = {}
+    try:
+        if loader is not None and val is not None:
+            trained = Trainer(run, model, loader, lambda forward: evaluate(run, forward, val, "chunked")).train()
+        elif checkpoint is not None:
+            load_weights(model, checkpoint["state"]["model"])
+        if "export" in stages:
+            sizes = export(run, model)
+            artifact = world.from_main((folder / "artifact.bin").read_bytes() if world.is_main else b"")
+        if "eval" in stages and val is not None:
+            scored = read_artifact(artifact, config, config.artifact or "artifact.bin").to(world.device)
+            scored.dtype = model.dtype
+            forward = torch.compile(scored, fullgraph=True, dynamic=False) if config.compile else scored
+            for name in dict.fromkeys(("chunked", config.final_eval)):
+                scores[name] = evaluate(run, forward, val, name, config.scores_file if name == config.final_eval else "")
+                run.log.event("eval", name=name, **scores[name]._asdict())
+        result = result_event(run, trained, sizes, scores, len(artifact), source, model)
+        run.log.event("result", **result)
+        if world.is_main:
+            atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    finally:
+        run.log.close()
+    return 3 if sizes.get("bytes_total", 0) > config.bytes_cap else 0
+
+
+def result_event(
+    run: Run, trained: Trained | None, sizes: Mapping[str, Any], scores: Mapping[str, Score], artifact_bytes: int, source: str, model: GPT
+) -> dict[str, Any]:
+    """Returns the content of `result.json`; what a run without that stage cannot know is null."""
+    config, world = run.config, run.world
+    final = scores.get(config.final_eval)
+    step_seconds = trained.seconds / trained.steps if trained else None
+    model_bytes = sizes.get("bytes_model", artifact_bytes or None)
+    code = sizes.get("bytes_code", code_bytes(source))
+    return {
+        "run_id": config.run_id, "preset": config.preset, "seed": config.seed, "world_size": world.size, "device": world.device.type,
+        "torch": torch.__version__, "params": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": trained.steps if trained else None, "train_seconds": trained.seconds if trained else None,
+        "eval_seconds": sum(score.seconds for score in scores.values()) if scores else None,
+        "step_ms": 1000 * step_seconds if step_seconds else None,
+        "tokens_per_second": config.train_batch_tokens / step_seconds if step_seconds else None,
+        "val_loss": final.val_loss if final else None, "val_bpb": final.val_bpb if final else None,
+        "pre_quant_val_bpb": trained.score.val_bpb if trained else None,
+        "quant_val_bpb": scores["chunked"].val_bpb if scores else None,
+        "scores": {name: {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds} for name, score in scores.items()},
+        "bytes_model": model_bytes, "bytes_code": code, "bytes_total": model_bytes + code if model_bytes else None, "bytes_cap": config.bytes_cap,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the script with these arguments and returns its exit code."""
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    unknown = flags - {"--help", "-h", "--plan", "--json"}
+    if unknown:
+        print(f"unknown option {' '.join(sorted(unknown))}; there are --help, --plan and --json", file=sys.stderr)
+        return 2
+    if flags & {"--help", "-h"}:
+        print(help_text())
+        return 0
+    try:
+        config = parse_config([argument for argument in arguments if argument not in flags], os.environ)
+    except ConfigError as error:
+        print(f"{error}\n(python train_gpt.py --help lists every setting)", file=sys.stderr)
+        return 2
+    if "--plan" in flags:
+        planned = plan(config, Path(__file__).read_text(encoding="utf-8"), int(os.environ.get("WORLD_SIZE", "8")))
+        print(json.dumps(planned, indent=1) if "--json" in flags else plan_text(planned))
+        return 0
+    signals = StopSignals()
+    signals.install()
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+    try:
+        world = World(config.device)
+        code = run_stages(config, world, signals)
+        world.close()
+        return code
+    except (ValueError, OSError) as error:
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+    except Exception:
+        print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        os._exit(1)  # other ranks may wait for this one: leave at once, without the clean-up that would wait for them
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
