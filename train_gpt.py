@@ -370,6 +370,9 @@ def help_text() -> str:
 # Owns ranks, clock, signals, log and files. On one process every collective is the identity, so the rest of the file never asks.
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# PyTorch 2.13 renames these two; 2.11 has the old names only.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class World:
@@ -415,7 +418,7 @@ class World:
         if self.size == 1:
             return stacked
         share = torch.empty_like(stacked[: len(stacked) // self.size])
-        dist.reduce_scatter_tensor(share, stacked)
+        reduce_scatter(share, stacked)
         return share
 
     def gather(self, share: Tensor) -> Tensor:
@@ -423,7 +426,7 @@ class World:
         if self.size == 1:
             return share
         whole = share.new_empty((len(share) * self.size, *share.shape[1:]))
-        dist.all_gather_into_tensor(whole, share.contiguous())
+        all_gather(whole, share.contiguous())
         return whole
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -1963,7 +1966,7 @@ def environment_event(world: World, source: str, model: GPT) -> dict[str, Any]:
     git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{world.device.type} ({torch.get_num_threads()} threads)"
     return {
-        "commit": git.stdout.strip()[:12] or "unknown", "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "commit": git.stdout.strip()[:12] if git.returncode == 0 else "unknown", "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "device": world.device.type, "device_name": name, "world_size": world.size,
         "params": sum(parameter.numel() for parameter in model.parameters()),

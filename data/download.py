@@ -376,7 +376,7 @@ def survey(wanted: list[Item], stated: dict[str, HubFile], console: Console) -> 
     state = State()
     here = [item for item in wanted if item.local.exists()]
     if here:
-        console.print(f"checking the {len(here)} of {len(wanted)} files that are already here")
+        console.print(f"checking {len(here)} of {len(wanted)} files, which are here already")
     for item in here:
         try:
             state.good[item] = verify(item.local, stated.get(item.remote))
@@ -389,7 +389,9 @@ def survey(wanted: list[Item], stated: dict[str, HubFile], console: Console) -> 
 def fetch(hub: Hub, wanted: list[Item], stated: dict[str, HubFile], state: State, console: Console) -> None:
     """Fetches what `state` lacks and records it there. Raises DownloadError when the hub itself fails, as it would for the next file."""
     missing = [item for item in wanted if item not in state.good]
-    state.failed.update({item: "not on the hub, although the manifest promises it" for item in missing if item.remote not in stated})
+    state.failed.update(
+        {item: "the manifest or the command asks for it, but the hub has no such file" for item in missing if item.remote not in stated}
+    )
     on_hub = [item for item in missing if item.remote in stated]
     if not on_hub:
         return

@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import deque
@@ -144,7 +145,7 @@ def read_documents(path: Path, file: BinaryIO) -> Iterator[str]:
         else:
             yield decode_utf8(content.read(), str(path))
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-        raise InputError(f"{path}: cannot be decompressed as {compression}; the file is truncated, damaged or of another format ({error})") from error
+        raise InputError(f"{path}: cannot be decompressed as {compression}; it is truncated, damaged or of another format ({error})") from error
 
 
 def decode_utf8(content: bytes, where: str) -> str:
@@ -176,15 +177,17 @@ def parse_line(line: bytes, where: str) -> str:
 def count_val_documents(corpus: Corpus, wanted: str | None) -> int | None:
     """Returns how many leading documents are held out; None stands for all of them.
 
-    `wanted` is a number, "all", or None for a tenth of the documents, at least 1 and at most 50,000.
+    `wanted` is a number, "all", or None for a tenth of the documents, at least 1 and at most MAX_DEFAULT_VAL_DOCS.
     Raises InputError when no document would be left for validation, or none for training.
     """
+    if wanted is not None and wanted != "all" and not re.fullmatch("0*[1-9][0-9]*", wanted):
+        raise InputError(f'--val-docs={wanted}: expected a number of documents from 1, or "all"')
+    enough = 10 * MAX_DEFAULT_VAL_DOCS if wanted is None else 1 if wanted == "all" else int(wanted) + 1
+    found = sum(1 for _ in itertools.islice(corpus, enough))  # to a limit, since a corpus may take hours to read
+    if found == 0:
+        raise InputError(f"no documents in {', '.join(map(str, corpus.paths))}")
     if wanted == "all":
         return None
-    if wanted is not None and (not wanted.isascii() or not wanted.isdigit() or int(wanted) == 0):
-        raise InputError(f'--val-docs={wanted}: expected a number of documents from 1, or "all"')
-    enough = 10 * MAX_DEFAULT_VAL_DOCS if wanted is None else int(wanted) + 1
-    found = sum(1 for _ in itertools.islice(corpus, enough))
     held_out = max(1, found // 10) if wanted is None else int(wanted)
     if found <= held_out:
         raise InputError(f"--val-docs {held_out} leaves no document to train on: the input holds {found}; hold out fewer, or all to score only")
@@ -217,7 +220,7 @@ def sample_documents(documents: Iterable[str], limit_bytes: int) -> TrainingSamp
 
 
 def cut_sentences(text: str) -> Iterator[str]:
-    """Yields `text` in pieces of at most SENTENCE_CHARS characters, cut after the last newline that fits, else before the last space, else anywhere."""
+    """Yields `text` in pieces of at most SENTENCE_CHARS characters, cut after the last newline that fits, else before the last space, else there."""
     text = text.translate(DROPPED_BY_TRAINER)
     start = 0
     while start < len(text):
@@ -317,9 +320,18 @@ def load_worker_tokenizer(model: bytes) -> None:
 
 
 def start_worker(model: bytes) -> None:
-    """Prepares a worker process, which leaves an interrupt from the keyboard to its parent."""
+    """Prepares a worker process, which leaves an interrupt from the keyboard to its parent and ends when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     load_worker_tokenizer(model)
+
+
+def end_with_parent() -> None:
+    """Waits for the parent process to end, then ends this one, which would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def encode_batch(texts: list[str]) -> Encoded:
@@ -517,8 +529,8 @@ class Meter:
         elif time.monotonic() - self._reported >= PLAIN_REPORT_SECONDS:
             self._reported = time.monotonic()
             done = self._corpus.read_bytes / max(self._corpus.size_bytes, 1)
-            remaining = self.seconds * (1 - done) / max(done, 1e-9)
-            note(f"tokenising  {done:4.0%}  {speed}  {remaining / 60:.0f} min left")
+            minutes, seconds = divmod(round(self.seconds * (1 - done) / max(done, 1e-9)), 60)
+            note(f"tokenising  {done:4.0%}  {speed}  {minutes}:{seconds:02d} left")
 
 
 def note(message: str) -> None:
@@ -601,20 +613,17 @@ def make_tokenizer(options: argparse.Namespace, corpus: Corpus, val_documents: i
     return model, entry | {"vocab_size": tokenizer.vocab_size(), "bos_id": tokenizer.bos_id(), "sha256": hashlib.sha256(model).hexdigest()}
 
 
-def write_splits(folder: Path, corpus: Corpus, val_documents: int | None, model: bytes, options: argparse.Namespace, meter: Meter) -> dict[str, Any]:
-    """Writes the shards of `corpus` into `folder` and returns the manifest's "splits": totals and shards of each. Raises InputError and OSError."""
+def write_splits(folder: Path, encoded: Iterable[tuple[str, Encoded]], shard_tokens: int, meter: Meter) -> dict[str, Any]:
+    """Writes `encoded` into `folder` as shards and returns the manifest's "splits": totals and shards of each. Raises InputError and OSError."""
     splits: dict[str, Any] = {}
-    encoded = encode_in_order(split_batches(corpus, val_documents), model, options.workers)
     for split, batches in itertools.groupby(encoded, key=operator.itemgetter(0)):
-        writer, totals = ShardWriter(folder, split, options.shard_tokens), Totals()
+        writer, totals = ShardWriter(folder, split, shard_tokens), Totals()
         for _, batch in batches:
             writer.add(batch.tokens)
             totals = totals.plus(batch.totals)
             meter.advance(batch.totals.bytes)
         writer.flush()
         splits[split] = totals._asdict() | {"shards": writer.shards}
-    if not splits:
-        raise InputError(f"{', '.join(map(str, corpus.paths))}: no documents")
     return splits
 
 
@@ -622,16 +631,15 @@ def describe(folder: Path, splits: dict[str, Any], seconds: float) -> str:
     """Returns the report of a finished run, for people."""
     lines = [f"{'split':5}  {'documents':>11}  {'tokens':>15}  {'bytes':>15}  {'bytes/token':>11}  shards"]
     for split, entry in splits.items():
-        bytes_per_token = entry["bytes"] / entry["tokens"]
-        lines.append(f"{split:5}  {entry['documents']:>11,}  {entry['tokens']:>15,}  {entry['bytes']:>15,}  {bytes_per_token:>11.4f}  {len(entry['shards']):>6}")
-    documents, size, decoded, lossy, unknown = (
-        sum(entry[name] for entry in splits.values()) for name in ("documents", "bytes", "decoded_bytes", "lossy_documents", "unknown_tokens")
-    )
-    if lossy:
-        lines.append(f"{lossy:,} of {documents:,} documents do not round-trip: their tokens spell {decoded:,} of {size:,} bytes, {unknown:,} unknown tokens")
+        counts = f"{entry['documents']:>11,}  {entry['tokens']:>15,}  {entry['bytes']:>15,}"
+        lines.append(f"{split:5}  {counts}  {entry['bytes'] / entry['tokens']:>11.4f}  {len(entry['shards']):>6}")
+    total = Totals(*(sum(entry[name] for entry in splits.values()) for name in Totals._fields))
+    if total.lossy_documents:
+        lost = f"the tokens spell {total.decoded_bytes:,} of {total.bytes:,} bytes, with {total.unknown_tokens:,} unknown tokens"
+        lines.append(f"{total.lossy_documents:,} of {total.documents:,} documents do not round-trip: {lost}")
     else:
-        lines.append(f"all {documents:,} documents round-trip")
-    lines.append(f"wrote {folder} in {seconds:.1f} s ({size / 1e6 / seconds:.2f} MB/s)")
+        lines.append(f"all {total.documents:,} documents round-trip")
+    lines.append(f"wrote {folder} in {seconds:.1f} s ({total.bytes / 1e6 / seconds:.2f} MB/s)")
     return "\n".join(lines)
 
 
@@ -645,7 +653,8 @@ def run(arguments: Sequence[str] | None) -> None:
         model, tokenizer_entry = make_tokenizer(options, corpus, val_documents)
         (folder / TOKENIZER_FILE).write_bytes(model)
         with Meter(corpus) as meter:
-            splits = write_splits(folder, corpus, val_documents, model, options, meter)
+            encoded = encode_in_order(split_batches(corpus, val_documents), model, options.workers)
+            splits = write_splits(folder, encoded, options.shard_tokens, meter)
             seconds = meter.seconds
         manifest = {"inputs": [path.name for path in options.input], "tokenizer": tokenizer_entry, "splits": splits}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

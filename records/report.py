@@ -777,9 +777,8 @@ def result_groups(runs: Sequence[Run]) -> dict[str, list[Row]]:
 def run_headers_html(runs: Sequence[Run], span: int = 1) -> str:
     """Returns one header cell per run, with the run's colour in the plots."""
     width = f' colspan="{span}"' if span > 1 else ""
-    return "".join(
-        f'<th{width}><span class="dot" style="background:{colour(index)}"></span>{escape(run.label)}</th>' for index, run in enumerate(runs)
-    )
+    dots = (f'<span class="dot" style="background:{colour(index)}"></span>' for index in range(len(runs)))
+    return "".join(f"<th{width}>{dot}{escape(run.label)}</th>" for dot, run in zip(dots, runs, strict=True))
 
 
 def table_html(head: str, rows: Iterable[str]) -> str:
@@ -818,7 +817,7 @@ def cards_html(run: Run) -> str:
         (
             "Training",
             duration(number(run.result, "train_seconds")),
-            f"{count(steps)} steps on {hardware(run, 'world_size')} × {hardware(run, 'device')}",
+            f"{count(steps)} steps, {hardware(run, 'world_size')} x {hardware(run, 'device')}",
         ),
         ("Throughput", count(number(run.result, "tokens_per_second")), f"tokens per second, {decimals(step_ms, 1)} ms a step"),
     )

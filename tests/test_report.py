@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from records import report  # noqa: E402
+from records import report
 
 Event = dict[str, Any]
 PNG_FILES = {"loss_over_steps.png", "loss_over_time.png", "throughput.png", "bytes_by_role.png"}
@@ -254,7 +254,7 @@ def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
 
 
 def test_any_run_id_can_be_drawn(tmp_path: Path) -> None:
-    names: list[Any] = ["_hidden", "$x^2", "$\\frac{", "a" * 300, "two\nlines", "", "日本 €", {"an": "object"}, None]  # noqa: RUF001
+    names: list[Any] = ["_hidden", "$x^2", "$\\frac{", "a" * 300, "two\nlines", "", "日本 €", {"an": "object"}, None]
     events = [[*header("x")[1:], {"event": "config", "run_id": name}, *training(4, 40), *ending("x")[:1]] for name in names]
     runs = [report.read_run(write(tmp_path / str(index), run)) for index, run in enumerate(events)]
     assert set(report.draw_all(runs)) == PNG_FILES
@@ -269,8 +269,9 @@ def test_wrong_types_never_break_a_report(tmp_path: Path, value: Any) -> None:
 
 
 def test_plots_of_wrong_types_are_drawn(tmp_path: Path) -> None:
-    runs = [report.read_run(write(tmp_path / str(index), [{**event, **bad} for event in whole_run(str(index))]))
-            for index, bad in enumerate(({"train_loss": -1, "train_seconds": -1, "order": 1}, {"bytes_total": 0}, {"roles": [1, {"role": 2}]}))]  # fmt: skip
+    wrong: list[Event] = [{"train_loss": -1, "train_seconds": -1, "order": 1}, {"bytes_total": 0}, {"roles": [1, {"role": 2}]}]
+    events = [[{**event, **bad} for event in whole_run("a")] for bad in wrong]
+    runs = [report.read_run(write(tmp_path / str(index), run)) for index, run in enumerate(events)]
     for drawn in (runs, runs[:1]):
         assert set(report.draw_all(drawn)) == PNG_FILES
 

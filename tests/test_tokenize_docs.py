@@ -10,7 +10,7 @@ import lzma
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+
+import shards
+import tokenize_docs
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = ROOT / "data" / "sample" / "shakespeare.jsonl.xz"
-sys.path.insert(0, str(ROOT / "data"))
-
-import shards  # noqa: E402
-import tokenize_docs  # noqa: E402
-
 BOS = 1
-AWKWARD = ["", " ", "  two", " one", "tail ", "\n", "\n\n x", "\t", "a\tb\t", "\r\n", "a\r\nb", "\0", "a\0b", "<s></s>", "<0x41>", "\ufeffx", "ﬁ ½ é 😀", "\u2585"]
+WHITE_SPACE = ["", " ", "  two", " one", "tail ", "\n", "\n\n x", "\t", "a\tb\t", "\r\n", "a\r\nb"]
+AWKWARD = [*WHITE_SPACE, "\0", "a\0b", "<s></s>", "<0x41>", "\ufeffx", "ﬁ ½ é 😀", "\u2585"]
+ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\r\0\u2581<s>0the")), max_size=60)
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +91,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def sample_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("sample") / "out"
-    tokenize(output, [SAMPLE], "--vocab-size", 1024)
-    return output
+def sample_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that the script made of the sample with two workers, and what it printed."""
+    folder = tmp_path_factory.mktemp("sample")
+    command = [sys.executable, str(ROOT / "data" / "tokenize_docs.py"), "--input", str(SAMPLE), "--output", "out", "--vocab-size", "1024"]
+    done = subprocess.run([*command, "--workers", "2"], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done.stdout
+
+
+@pytest.fixture(scope="session")
+def sample_output(sample_run: tuple[Path, str]) -> Path:
+    return sample_run[0]
 
 
 def test_sample_round_trips_with_its_default_split(sample_output: Path, sample_texts: list[str]) -> None:
@@ -114,13 +124,10 @@ def test_sample_tokenizer_has_pieces_with_newlines_and_without_a_control_token_i
     assert not set(processor.encode("<s> </s> <unk> <pad>")) & {0, 1, 2, 3}
 
 
-def test_script_with_two_workers_writes_the_same_bytes(tmp_path: Path, sample_output: Path) -> None:
-    command = [sys.executable, str(ROOT / "data" / "tokenize_docs.py"), "--input", str(SAMPLE), "--output", "out", "--vocab-size", "1024"]
-    done = subprocess.run([*command, "--workers", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(sample_output)
-    assert "all 42 documents round-trip" in done.stdout
-    assert re.search(r"train +38 .*\nall .*\nwrote out in .* s \([\d.]+ MB/s\)", done.stdout)
+def test_sample_report_says_what_was_made(sample_run: tuple[Path, str]) -> None:
+    table, counts = r"split +documents +tokens +bytes +bytes/token +shards\n", r" +[\d,]+ +[\d,]+ +2\.\d{4} +1\n"
+    expected = rf"{table}val +4{counts}train +38{counts}all 42 documents round-trip\nwrote out in [\d.]+ s \([\d.]+ MB/s\)\n"
+    assert re.fullmatch(expected, sample_run[1])
 
 
 def test_challenge_tokens_are_reproduced(tmp_path: Path) -> None:
@@ -150,10 +157,9 @@ def test_awkward_documents_round_trip(tmp_path: Path, tokenizer: Path) -> None:
 def test_a_literal_space_mark_is_counted_as_lost(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = tokenize(tmp_path / "out", [jsonl(tmp_path / "a.jsonl", ["ok", "a\u2581b", "ok"])], "--tokenizer", tokenizer, "--val-docs", 1)
     assert read_texts(tmp_path / "out", "train") == ["a b", "ok"]
-    assert manifest["splits"]["train"] | {"tokens": 0, "shards": []} == {
-        **{"documents": 2, "tokens": 0, "bytes": 7, "decoded_bytes": 5, "lossy_documents": 1, "unknown_tokens": 0, "shards": []}
-    }
-    assert "1 of 3 documents do not round-trip: their tokens spell 7 of 9 bytes, 0 unknown tokens" in capsys.readouterr().out
+    expected = {"documents": 2, "bytes": 7, "decoded_bytes": 5, "lossy_documents": 1, "unknown_tokens": 0}
+    assert manifest["splits"]["train"].items() >= expected.items()
+    assert "1 of 3 documents do not round-trip: the tokens spell 7 of 9 bytes, with 0 unknown tokens" in capsys.readouterr().out
 
 
 def test_what_normalisation_and_unknown_tokens_lose_is_counted(tmp_path: Path, sample_texts: list[str]) -> None:
@@ -166,7 +172,7 @@ def test_what_normalisation_and_unknown_tokens_lose_is_counted(tmp_path: Path, s
 
 
 @settings(max_examples=25, deadline=None)
-@given(texts=st.lists(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\r\0\u2581<s>0the")), max_size=60), min_size=2))
+@given(texts=st.lists(ANY_TEXT, min_size=2))
 def test_any_text_round_trips_or_is_counted(texts: list[str], tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> None:
     folder = tmp_path_factory.mktemp("property")
     manifest = tokenize(folder / "out", [jsonl(folder / "a.jsonl", texts)], "--tokenizer", tokenizer, "--val-docs", 1)
@@ -201,9 +207,9 @@ def test_long_and_marked_texts_still_train(filler: str, lost: str) -> None:
 def test_tokenizer_never_sees_validation_documents(tmp_path: Path, sample_texts: list[str]) -> None:
     training = sample_texts[4:6]
     for name, held_out in (("a", "zyx " * 5000), ("b", "qqq")):
-        tokenize(tmp_path / name, [jsonl(tmp_path / f"{name}.jsonl", [held_out, *training])], "--vocab-size", 300, "--val-docs", 1)
+        tokenize(tmp_path / name, [jsonl(tmp_path / f"{name}.jsonl", [held_out, *training])], "--vocab-size", 350, "--val-docs", 1)
     assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
-    tokenize(tmp_path / "c", [jsonl(tmp_path / "c.jsonl", ["qqq", *training[::-1]])], "--vocab-size", 300, "--val-docs", 2)
+    tokenize(tmp_path / "c", [jsonl(tmp_path / "c.jsonl", ["qqq", *training[::-1]])], "--vocab-size", 350, "--val-docs", 2)
     assert (tmp_path / "c" / "tokenizer.model").read_bytes() != (tmp_path / "a" / "tokenizer.model").read_bytes()
 
 
@@ -222,7 +228,13 @@ def zstd_frames(content: bytes) -> bytes:
     return zstandard.compress(content[:half]) + zstandard.compress(content[half:])
 
 
-FORMATS = {"": lambda content: content, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress, ".frames.zst": zstd_frames}
+FORMATS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda content: content,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+    ".frames.zst": zstd_frames,
+}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -254,7 +266,9 @@ def test_damaged_compressed_files_are_refused(suffix: str, tmp_path: Path, token
 # ---- splits, shards, workers
 
 
-@pytest.mark.parametrize(("documents", "wanted", "expected"), [(2, None, 1), (19, None, 1), (20, None, 2), (70, None, 5), (6, "5", 5), (6, "all", None)])
+@pytest.mark.parametrize(
+    ("documents", "wanted", "expected"), [(2, None, 1), (19, None, 1), (20, None, 2), (70, None, 5), (6, "5", 5), (6, "all", None)]
+)
 def test_number_of_held_out_documents(
     documents: int, wanted: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +303,11 @@ def test_batches_do_not_change_the_output(tmp_path: Path, tokenizer: Path, monke
     assert contents(tmp_path / "large") == contents(tmp_path / "small") == contents(tmp_path / "spread")
 
 
+def test_batches_are_bounded_in_characters_and_in_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize_docs, "BATCH_CHARS", 4)
+    assert list(tokenize_docs.batch_documents(["abcdef", "a", "b", "", "", "", "", "c"])) == [["abcdef"], ["a", "b"], ["", "", "", ""], ["c"]]
+
+
 def test_reading_stays_a_bounded_way_ahead(tokenizer: Path) -> None:
     taken = itertools.count()
 
@@ -307,6 +326,20 @@ def test_a_dead_worker_is_an_error_not_a_hang() -> None:
         list(tokenize_docs.encode_in_order([("train", ["text"])], b"a model that no worker can load", workers=2))
 
 
+def test_workers_end_when_the_tool_is_killed(tokenizer: Path) -> None:
+    program = f"""
+import itertools, pathlib, sys, tokenize_docs
+work = zip(itertools.repeat("train"), itertools.repeat(["text"]))
+for _ in tokenize_docs.encode_in_order(work, pathlib.Path({str(tokenizer)!r}).read_bytes(), workers=2):
+    print("encoded", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT / "data", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"encoded\n"
+    process.kill()
+    process.communicate(timeout=30)  # the workers hold the pipe open, so this returns when the last of them has ended
+
+
 def test_progress_without_a_terminal_is_plain_lines(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,7 +347,7 @@ def test_progress_without_a_terminal_is_plain_lines(
     tokenize(tmp_path / "out", [jsonl(tmp_path / "a.jsonl", ["one", "two"])], "--tokenizer", tokenizer)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert re.fullmatch(r"tokenising  100%  0\.0 MB  [\d.]+ MB/s  0 min left", lines[-1])
+    assert re.fullmatch(r"tokenising  100%  0\.0 MB  [\d.]+ MB/s  0:00 left", lines[-1])
 
 
 # ---- refusals: one line, exit code 2, nothing left behind
@@ -339,7 +372,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object)
         (b'{"text": "a"}\n\n{"text": \n', "{path}:3: not valid JSON (Expecting value"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "{path}:2: not valid UTF-8 (byte 0xff at offset 10"),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', "{path}:2: the text holds half a surrogate pair ('\\ud800')"),
-        (b"", "--val-docs 1 leaves no document to train on: the input holds 0"),
+        (b"", "no documents in {path}"),
         (b'{"text": "a"}\n', "--val-docs 1 leaves no document to train on: the input holds 1"),
     ],
 )
@@ -365,7 +398,7 @@ def test_plain_text_must_be_utf8_and_empty_input_is_refused(tmp_path: Path, toke
     nothing.write_bytes(b"\n")
     options = ("--output", tmp_path / "out", "--tokenizer", tokenizer, "--val-docs", "all")
     assert f"{latin}: not valid UTF-8 (byte 0xe9 at offset 3" in refuse(capsys, tmp_path, "--input", latin, *options)
-    assert f"{nothing}: no documents" in refuse(capsys, tmp_path, "--input", nothing, *options)
+    assert f"no documents in {nothing}" in refuse(capsys, tmp_path, "--input", nothing, *options)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +419,9 @@ def test_plain_text_must_be_utf8_and_empty_input_is_refused(tmp_path: Path, toke
         (["--input", "missing.jsonl"], "missing.jsonl: no such file"),
     ],
 )
-def test_bad_options_are_refused(options: list[str], message: str, tmp_path: Path, sample_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused(
+    options: list[str], message: str, tmp_path: Path, sample_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     source = jsonl(tmp_path / "a.jsonl", sample_texts[4:5] * 3)
     assert refuse(capsys, tmp_path, "--input", source, "--output", tmp_path / "out", *options).startswith(message)
 
@@ -451,7 +486,13 @@ def test_leftover_of_a_killed_run_is_named(tmp_path: Path, tokenizer: Path, caps
     [(KeyboardInterrupt(), 130, "interrupted; nothing was written"), (OSError(28, "No space left on device"), 2, "No space left on device")],
 )
 def test_failure_while_writing_leaves_the_earlier_output(
-    failure: BaseException, code: int, message: str, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    failure: BaseException,
+    code: int,
+    message: str,
+    tmp_path: Path,
+    tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, source = tmp_path / "out", jsonl(tmp_path / "a.jsonl", ["one", "two"])
     tokenize(output, [source], "--tokenizer", tokenizer)

@@ -1,0 +1,84 @@
+"""Shared by all tests: the script as a module, small token data, and how to run the script as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "data", ROOT / "records"):
+    sys.path.insert(0, str(folder))
+
+import shards  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+torch.set_num_threads(1)
+
+SENTENCES = ["the cat sat on the mat", "a dog, a log\nand a frog", "Größe und Maß: 12 %", "naïve café ☕", "  two  spaces  ", "to be or not to be"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a lossless tokenizer of 384 pieces, two train shards and one val shard: many short documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    documents = [" ".join(rng.choice(SENTENCES, size=rng.integers(1, 12))) for _ in range(400)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=384, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, hard_vocab_limit=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokens = [np.array([1, *model.encode(document)], dtype=np.uint16) for document in documents]
+    shards.write_shard(folder / "fineweb_train_000000.bin", np.concatenate(tokens[:200]))
+    shards.write_shard(folder / "fineweb_train_000001.bin", np.concatenate(tokens[200:360]))
+    shards.write_shard(folder / "fineweb_val_000000.bin", np.concatenate(tokens[360:]))
+    (folder / "val.txt").write_text("\x00".join(documents[360:]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> Callable[..., train_gpt.Config]:
+    """A function from settings to a tiny configuration on the corpus: tiny(NUM_LAYERS=2)."""
+    vocab = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "tokenizer.model")).vocab_size()
+
+    def make(**settings: Any) -> train_gpt.Config:
+        return train_gpt.parse_config(tiny_arguments(corpus, vocab, **settings), {})
+
+    return make
+
+
+def tiny_arguments(corpus: Path, vocab: int, **settings: Any) -> list[str]:
+    """Arguments of a run that takes a second on a CPU; `settings` are laid over it."""
+    base = {
+        "PRESET": "demo", "SCALE": "tiny", "DEVICE": "cpu", "DATA_PATH": corpus, "TOKENIZER_PATH": corpus / "tokenizer.model", "VOCAB_SIZE": vocab,
+        "NUM_LAYERS": 3, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256,
+        "MICRO_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 2048, "EVAL_STRIDE": 16, "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1, "CHECKPOINT_EVERY": 0,
+    }  # fmt: skip
+    return [f"{name}={value}" for name, value in {**base, **settings}.items()]
+
+
+@pytest.fixture(scope="session")
+def run_script(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs the script as a user would: run_script(tmp_path, ranks=2, RUN_ID="a"); its runs go to tmp_path/runs."""
+    vocab = tiny().vocab_size
+
+    def run(folder: Path, *flags: str, ranks: int = 1, script: Path = ROOT / "train_gpt.py", **settings: Any) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        arguments = tiny_arguments(corpus, vocab, **{"RUNS_DIR": folder / "runs", "RUN_ID": "run", **settings})
+        environment = {**{k: v for k, v in os.environ.items() if k not in train_gpt.SETTINGS}, "OMP_NUM_THREADS": "1"}
+        return subprocess.run([*launcher, str(script), *arguments, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
