@@ -30,13 +30,14 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -335,7 +336,10 @@ def validate(config: Config) -> list[str]:
         f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}",
     )
     require(not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0")
-    require(c.eval_stride <= c.window, f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)")
+    require(
+        c.final_eval != "sliding" or c.eval_stride <= c.window,
+        f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
+    )
     require(not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy")
     return problems
 
@@ -391,7 +395,8 @@ class World:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+            on_gpu = kind == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=self.device if on_gpu else None)
             # Small host-side values travel apart from the gradients, so that reading them never waits for the GPU.
             self.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
@@ -497,11 +502,15 @@ class Clock:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first one asks the training loop to finish its step and save; outside training, or the second time, it exits."""
+    """SIGTERM and SIGINT: the first one asks the training loop to finish its step and save; outside training, or asked again, it exits."""
+
+    # A launcher passes on the signal that the terminal has already sent to every process: that is one request, not two.
+    REPEAT_SECONDS = 3.0
 
     def __init__(self) -> None:
         self.deferred = False
         self.received: signal.Signals | None = None
+        self.received_at = 0.0
 
     def install(self) -> None:
         """Takes over both signals in the main thread."""
@@ -510,19 +519,28 @@ class StopSignals:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
-        again, self.received = self.received is not None, signal.Signals(number)
+        again = self.received is not None and time.monotonic() > self.received_at + self.REPEAT_SECONDS
         if again or not self.deferred:
             raise SystemExit(128 + number)
+        if self.received is None:
+            self.received, self.received_at = signal.Signals(number), time.monotonic()
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a file that appears whole under its name or not at all, even when the machine dies."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears whole under its name or not at all, even when the machine dies."""
+    partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Writes `data` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def clock_text(seconds: float) -> str:
@@ -684,7 +702,7 @@ class TrainLoader:
             spare = len(self.shards[shard]) - 1
             if self.config.data_shuffle:
                 generator = np.random.default_rng([self.config.seed, passes, shard])
-                phase = int(generator.integers(min(seq_len, spare % seq_len + 1)))
+                phase = int(generator.integers(seq_len)) if spare >= 2 * seq_len else 0
                 self.starts = generator.permutation((spare - phase) // seq_len) * seq_len + phase
             else:
                 self.starts = np.arange(spare // seq_len) * seq_len
@@ -1425,13 +1443,9 @@ def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, 
     """Writes `checkpoint.pt` into the run folder, atomically. Every rank must call it."""
     saved = state.save()
     if run.world.is_main:
-        partial = run.folder / "checkpoint.pt.partial"
         content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), "step": step, "seconds": seconds, "finished": finished, "state": saved}
-        with open(partial, "wb") as file:
+        with atomic_file(run.folder / "checkpoint.pt") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, run.folder / "checkpoint.pt")
 
 
 def check_same_settings(saved: Mapping[str, Any], config: Config) -> None:
@@ -1871,9 +1885,8 @@ def evaluate(run: Run, forward: Callable[..., Tensor], val: ValData, name: str, 
     if scores_file:
         shares = run.world.gather_objects(nats)
         if run.world.is_main:
-            with open(f"{scores_file}.partial", "wb") as file:
+            with atomic_file(Path(scores_file)) as file:
                 np.save(file, np.concatenate(shares))
-            os.replace(f"{scores_file}.partial", scores_file)
     text_bytes = int(val.target_bytes.sum())
     return Score(total / targets, total / math.log(2) / text_bytes, time.perf_counter() - began, int(targets), text_bytes)
 
@@ -1950,7 +1963,7 @@ def open_folder(config: Config, world: World) -> Path:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 folder.mkdir()
                 shutil.copyfile(__file__, folder / "train_gpt.py")
-                atomic_write(folder / "config.env", config_lines(config))
+                atomic_write(folder / "config.env", config_lines(config).encode())
         except FileExistsError:
             problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
         except OSError as error:
@@ -2020,7 +2033,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
         result = result_event(run, trained, sizes, scores, len(artifact), source, model)
         run.log.event("result", **result)
         if world.is_main:
-            atomic_write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+            atomic_write(folder / "result.json", json.dumps(result, indent=1).encode())
     finally:
         run.log.close()
     return 3 if sizes.get("bytes_total", 0) > config.bytes_cap else 0

@@ -68,6 +68,28 @@ def tiny_arguments(corpus: Path, vocab: int, **settings: Any) -> list[str]:
     return [f"{name}={value}" for name, value in {**base, **settings}.items()]
 
 
+def small_config(**settings: Any) -> train_gpt.Config:
+    """A valid configuration of a model of a few thousand weights that needs no files: small_config(num_layers=2)."""
+    base = {
+        "vocab_size": 24, "num_layers": 4, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 2, "logit_softcap": 5.0,
+        "train_seq_len": 16, "train_batch_tokens": 64, "micro_batch_tokens": 64, "eval_stride": 8, "compile": False, "device": "cpu",
+    }  # fmt: skip
+    config = train_gpt.Config(**{**base, **settings})
+    assert train_gpt.validate(config) == []
+    return config
+
+
+def lively_model(config: train_gpt.Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> train_gpt.GPT:
+    """A model whose every parameter is random and matters: fresh weights would hide most of it behind zero output projections."""
+    torch.manual_seed(seed)
+    model = train_gpt.GPT(config, dtype)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model.to(dtype)
+
+
 @pytest.fixture(scope="session")
 def run_script(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """A function that runs the script as a user would: run_script(tmp_path, ranks=2, RUN_ID="a"); its runs go to tmp_path/runs."""

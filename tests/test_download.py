@@ -421,7 +421,7 @@ def test_malformed_manifest_is_one_clear_error(tmp_path: Path, content: bytes) -
 @pytest.mark.parametrize(("content", "stated"), [(b"", 0), (b"abc", 4)])
 def test_verify_refuses_an_empty_file_and_a_wrong_size(tmp_path: Path, content: bytes, stated: int) -> None:
     (tmp_path / "x.model").write_bytes(content)
-    with pytest.raises(ValueError, match="^0 bytes$|^3 bytes, the hub states 4$"):
+    with pytest.raises(ValueError, match=r"^0 bytes$|^3 bytes, the hub states 4$"):
         download.verify(tmp_path / "x.model", download.HubFile(stated, None))
 
 

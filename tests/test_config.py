@@ -1,0 +1,450 @@
+"""Config: how settings are parsed, which mistakes are caught, and that every setting is read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import PRESETS, SETTINGS, Config, ConfigError, config_lines, parse_config
+
+SCRIPT = Path(train_gpt.__file__)
+TREE = ast.parse(SCRIPT.read_text(encoding="utf-8"))
+
+# Variables of shells, CI, torch, NCCL, Hugging Face, SLURM and clouds: none may be taken for a misspelt setting.
+SYSTEM_NAMES = """
+    PATH HOME SHELL USER LOGNAME LANG LC_ALL TERM TERM_PROGRAM COLORTERM PWD OLDPWD SHLVL TZ EDITOR PAGER DISPLAY HOSTNAME MAIL TMPDIR TEMP UID
+    XDG_RUNTIME_DIR XDG_SESSION_ID DBUS_SESSION_BUS_ADDRESS SSH_CLIENT SSH_TTY SSH_AUTH_SOCK SUDO_USER DEBIAN_FRONTEND LD_LIBRARY_PATH LD_PRELOAD
+    LIBRARY_PATH MANPATH CC CXX CFLAGS MAKEFLAGS MAKELEVEL MFLAGS LOG_LEVEL DEBUG VERBOSE DATA_DIR OUTPUT_DIR CACHE_DIR MODEL_NAME
+    PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PIP_INDEX_URL UV_CACHE_DIR PYTEST_CURRENT_TEST COVERAGE_FILE
+    CI GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_SHA GITHUB_WORKSPACE RUNNER_OS GITLAB_CI CI_COMMIT_SHA CI_JOB_ID BUILD_ID JOB_NAME WORKSPACE NODE_NAME
+    RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT NODE_RANK
+    NNODES NPROC_PER_NODE NUM_GPUS NUM_NODES TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
+    TORCH_HOME TORCH_LOGS TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_DISTRIBUTED_DEBUG TORCH_CUDA_ARCH_LIST TORCHINDUCTOR_CACHE_DIR TORCH_COMPILE_DEBUG
+    PYTORCH_CUDA_ALLOC_CONF PYTORCH_ENABLE_MPS_FALLBACK TRITON_CACHE_DIR TRITON_INTERPRET CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_DEVICE_ORDER
+    CUDA_DEVICE_MAX_CONNECTIONS CUDA_LAUNCH_BLOCKING CUBLAS_WORKSPACE_CONFIG NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES OMP_NUM_THREADS
+    MKL_NUM_THREADS OPENBLAS_NUM_THREADS KMP_AFFINITY NCCL_DEBUG NCCL_IB_DISABLE NCCL_SOCKET_IFNAME NCCL_P2P_DISABLE NCCL_NVLS_ENABLE NCCL_VERSION
+    GLOO_SOCKET_IFNAME HF_HOME HF_TOKEN HF_HUB_CACHE HF_DATASETS_CACHE HF_HUB_OFFLINE HF_HUB_ENABLE_HF_TRANSFER TRANSFORMERS_CACHE
+    TOKENIZERS_PARALLELISM WANDB_API_KEY WANDB_PROJECT WANDB_MODE WANDB_RUN_ID MLFLOW_TRACKING_URI SLURM_JOB_ID SLURM_PROCID SLURM_LOCALID
+    SLURM_NTASKS SLURM_NNODES SLURM_NODELIST SLURM_JOB_NAME SLURM_CPUS_PER_TASK SLURM_GPUS_ON_NODE SLURM_SUBMIT_DIR SLURM_ARRAY_TASK_ID
+    SLURM_STEP_ID SLURM_TASKS_PER_NODE SLURM_RESTART_COUNT KUBERNETES_SERVICE_HOST AWS_REGION AWS_ACCESS_KEY_ID RUNPOD_POD_ID RUNPOD_GPU_COUNT
+    SM_MODEL_DIR MODAL_TASK_ID VSCODE_PID CODER_AGENT_URL CODER_WORKSPACE_NAME
+""".split()
+
+
+def problems_of(*arguments: str, **environment: str) -> list[str]:
+    """Returns the lines of the ConfigError that these settings raise; none when they are accepted."""
+    try:
+        parse_config(arguments, environment)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, 9),
+        (["PRESET=demo"], {}, 4),
+        ([], {"PRESET": "demo"}, 4),
+        (["PRESET=baseline"], {"PRESET": "demo"}, 9),
+        (["PRESET=demo", "SCALE=tiny"], {}, 3),
+        (["PRESET=demo"], {"SCALE": "tiny", "NUM_LAYERS": "5"}, 5),
+        (["PRESET=demo", "NUM_LAYERS=6"], {"SCALE": "tiny", "NUM_LAYERS": "5"}, 6),
+        (["NUM_LAYERS=6", "NUM_LAYERS=7"], {}, 7),
+    ],
+)
+def test_precedence_is_default_preset_tiny_environment_argument(arguments: list[str], environment: dict[str, str], expected: int) -> None:
+    assert parse_config(arguments, environment).num_layers == expected
+
+
+def test_tiny_keeps_what_the_preset_says_about_other_settings() -> None:
+    config = parse_config(["PRESET=demo", "SCALE=tiny"], {})
+    assert (config.qat_start_frac, config.mlp_mult, config.train_seq_len) == (0.8, 3.0, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("ITERATIONS", "1_000", 1000),
+        ("SEED", "0", 0),
+        ("SEED", str(2**31 - 1), 2**31 - 1),
+        ("MATRIX_BITS", "2", 2),
+        ("MATRIX_LR", "3e-2", 0.03),
+        ("MATRIX_LR", "0", 0.0),
+        ("QAT_START_FRAC", "1", 1.0),
+        ("COMPILE", "1", True),
+        ("COMPILE", "true", True),
+        ("COMPILE", "TRUE", True),
+        ("COMPILE", "0", False),
+        ("COMPILE", "False", False),
+        ("CODER", "zstd", "zstd"),
+        ("RUN_ID", "größe = 3", "größe = 3"),
+        ("RUN_ID", "", ""),
+    ],
+)
+def test_good_value(name: str, text: str, value: Any) -> None:
+    parsed = getattr(parse_config([f"{name}={text}"], {}), name.lower())
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("ITERATIONS", "", "a whole number"),
+        ("ITERATIONS", "many", "a whole number"),
+        ("ITERATIONS", "1e3", "a whole number"),
+        ("ITERATIONS", "10.0", "a whole number"),
+        ("ITERATIONS", "0", "at least 1"),
+        ("ITERATIONS", "-5", "at least 1"),
+        ("SEED", str(2**31), "0 to "),
+        ("SEED", "9" * 400, "0 to "),
+        ("ITERATIONS", "9" * 400, ""),
+        ("MATRIX_BITS", "9", "2 to 8"),
+        ("MATRIX_LR", "", "a number"),
+        ("MATRIX_LR", "0,04", "a number"),
+        ("MATRIX_LR", "-0.1", "at least 0"),
+        ("MATRIX_LR", "nan", "at least 0"),
+        ("MATRIX_LR", "inf", "at least 0"),
+        ("MATRIX_LR", "1e999", "at least 0"),
+        ("QAT_START_FRAC", "1.01", "0 to 1"),
+        ("COMPILE", "", "0, 1, true or false"),
+        ("COMPILE", "yes", "0, 1, true or false"),
+        ("COMPILE", "2", "0, 1, true or false"),
+        ("CODER", "gzip", "one of: zlib zstd"),
+        ("CODER", "ZLIB", "one of: zlib zstd"),
+        ("RUN_ID", "a\nSEED=3", "printable"),
+        ("RUN_ID", "\x1b[31m", "printable"),
+        ("PRESET", "dmeo", "did you mean demo?"),
+    ],
+)
+def test_bad_value_says_name_value_and_what_was_expected(name: str, text: str, expected: str) -> None:
+    for report in (problems_of(f"{name}={text}"), problems_of(**{name: text})):
+        assert "\n".join(report).startswith(f"{name}={text}: expected ")
+        assert expected in report[-1]
+
+
+@pytest.mark.parametrize("declared", fields(Config), ids=lambda declared: declared.name)
+def test_declared_default_has_the_declared_type_and_lies_in_its_own_range(declared: Any) -> None:
+    name = declared.name.upper()
+    value = train_gpt.parse_value(name, train_gpt.format_value(declared.default))
+    assert value == declared.default
+    assert declared.type == type(value).__name__ == type(declared.default).__name__
+
+
+@pytest.mark.parametrize("row", [*PRESETS, "TINY"])
+def test_every_preset_value_has_the_declared_type_and_lies_in_its_range(row: str) -> None:
+    for name, value in (train_gpt.TINY if row == "TINY" else PRESETS[row]).items():
+        assert train_gpt.parse_value(name.upper(), train_gpt.format_value(value)) == value
+        assert type(value).__name__ == SETTINGS[name.upper()].type
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    report = problems_of("SEED=x", "CODER=gzip", "NUM_LAYRS=3", "EVAL_STRIDE=4096", "--fast", ITERATIONS="0", MUON_MOMENTM="0.9", BOS_ID="1024")
+    starts = ["SEED=x:", "CODER=gzip:", "NUM_LAYRS=3:", "--fast:", "ITERATIONS=0:", "MUON_MOMENTM=0.9:", "BOS_ID=1024 must", "EVAL_STRIDE=4096 must"]
+    assert len(report) == len(starts)
+    for start in starts:
+        assert sum(line.startswith(start) for line in report) == 1, start
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("NUM_LAYER=3", "; did you mean NUM_LAYERS?"),
+        ("num_layers=3", "; did you mean NUM_LAYERS?"),
+        ("SEQ_LEN=3", "; did you mean EVAL_SEQ_LEN?"),
+        ("NUM_LAYERS", "; did you mean NUM_LAYERS?"),
+        ("XYZZY=3", "a setting's name"),
+        ("=3", "a setting's name"),
+        ("", "a setting's name"),
+    ],
+)
+def test_unknown_argument_is_refused_with_the_nearest_name(argument: str, hint: str) -> None:
+    [problem] = problems_of(argument)
+    assert problem.startswith(f"{argument}: expected NAME=value")
+    assert problem.endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("NUM_LAYER", "did you mean NUM_LAYERS?"),
+        ("WARM_UP_STEPS", "did you mean WARMUP_STEPS?"),
+        ("MUON_NESTEROV", "unset it, or IGNORE_ENV=MUON_NESTEROV"),  # nothing is near, but the family is ours
+        ("TTT_LR", "unset it, or IGNORE_ENV=TTT_LR"),
+    ],
+)
+def test_near_miss_in_the_environment_is_refused(name: str, hint: str) -> None:
+    [problem] = problems_of(**{name: "3"})
+    assert problem.startswith(f"{name}=3: not a setting. ")
+    assert hint in problem
+    assert problems_of(**{name: "3", "IGNORE_ENV": name}) == []
+
+
+def one_edit_typos(name: str) -> Iterator[str]:
+    """Yields every deletion, doubling, swap of neighbours, and one substitution and insertion at every place of `name`."""
+    for i in range(len(name)):
+        yield name[:i] + name[i + 1 :]
+        yield name[:i] + name[i] + name[i:]
+        yield name[:i] + "X" + name[i + 1 :]
+        yield name[:i] + "X" + name[i:]
+        if i:
+            yield name[: i - 1] + name[i] + name[i - 1] + name[i + 1 :]
+
+
+def test_one_edit_typos_of_setting_names_are_caught_in_the_environment() -> None:
+    typos = {typo for name in SETTINGS for typo in one_edit_typos(name)} - set(SETTINGS)
+    problems: list[str] = []
+    train_gpt.read_environment(dict.fromkeys(typos, "1"), [], problems)
+    assert len(typos) > 3000
+    assert len(problems) >= 0.99 * len(typos), sorted(typos - {problem.partition("=")[0] for problem in problems})
+
+
+def test_common_system_variables_give_no_false_alarm() -> None:
+    assert len(SYSTEM_NAMES) > 100
+    assert problems_of(**dict.fromkeys(SYSTEM_NAMES, "x")) == []
+
+
+def test_ignore_env_silences_only_the_names_it_lists() -> None:
+    environment = {"MODEL_DIR": "/m", "BATCH_SIZE": "8", "DEVICE_ID": "0"}
+    assert len(problems_of(**environment)) == 3
+    assert problems_of("IGNORE_ENV=MODEL_DIR,BATCH_SIZE,DEVICE_ID", **environment) == []
+    [left] = problems_of(**environment, IGNORE_ENV="MODEL_DIR,DEVICE_ID")
+    assert left.startswith("BATCH_SIZE=8:")
+
+
+# One case for every rule of `validate`: settings that break this rule and no other.
+BROKEN_RULES = {
+    "STAGES=export,train": "STAGES=export,train: expected some of train,export,eval",
+    "STAGES=": "STAGES=: expected some of train,export,eval",
+    "STAGES=train,train": "STAGES=train,train: expected some of",
+    "STAGES=export": "name what to export with CHECKPOINT=path",
+    "STAGES=eval": "name what to score with ARTIFACT=path",
+    "RESUME=1": "say which run to continue with RUN_ID=name",
+    "RUN_ID=a/b": "RUN_ID=a/b: expected a plain folder name",
+    "RUN_ID=..": "RUN_ID=..: expected a plain folder name",
+    "MODEL_DIM=516": "NUM_HEADS=8 must divide MODEL_DIM=516",
+    "NUM_KV_HEADS=3": "NUM_KV_HEADS=3 must divide NUM_HEADS=8",
+    "NUM_KV_HEADS=16": "NUM_KV_HEADS=16 must divide NUM_HEADS=8",
+    "ROPE_DIMS=15": "ROPE_DIMS=15 must be even and at most 64",
+    "ROPE_DIMS=66": "ROPE_DIMS=66 must be even and at most 64",
+    "MODEL_DIM=8 ROPE_DIMS=0": "ROPE_DIMS=1 must be even and at most 1",
+    "MODEL_DIM=64 MLP_MULT=0.01": "MLP_MULT=0.01 leaves no hidden width at MODEL_DIM=64",
+    "BOS_ID=1024": "BOS_ID=1024 must be below VOCAB_SIZE=1024",
+    "TRAIN_BATCH_TOKENS=524289": "TRAIN_BATCH_TOKENS=524289 must be a multiple of TRAIN_SEQ_LEN=1024",
+    "TRAIN_BATCH_TOKENS=512": "TRAIN_BATCH_TOKENS=512 must be a multiple of TRAIN_SEQ_LEN=1024",
+    "MICRO_BATCH_TOKENS=1023": "MICRO_BATCH_TOKENS=1023 must hold one row of TRAIN_SEQ_LEN=1024",
+    "WARMDOWN_FRAC=0.5": "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing",
+    "EVAL_STRIDE=1025": "EVAL_STRIDE=1025 must be at most the window, 1024",
+    "EVAL_SEQ_LEN=32": "EVAL_STRIDE=64 must be at most the window, 32",
+    "SCORES_FILE=scores.txt": "SCORES_FILE=scores.txt: expected a name that ends in .npy",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_RULES)
+def test_each_rule_between_settings_triggers_alone(broken: str) -> None:
+    [problem] = problems_of(*broken.split())
+    assert BROKEN_RULES[broken] in problem
+
+
+def test_every_rule_between_settings_has_a_case() -> None:
+    """A rule is known by the constant parts of its message."""
+    reports = [" ".join(problems_of(*broken.split())) for broken in BROKEN_RULES]
+    [validate] = [node for node in TREE.body if isinstance(node, ast.FunctionDef) and node.name == "validate"]
+    rules = [node.args[1] for node in ast.walk(validate) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require"]
+    assert len(rules) >= 15
+    for message in rules:
+        parts = [part.value for part in ast.walk(message) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        assert any(all(part in report for part in parts) for report in reports), parts
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        "STAGES=train", "STAGES=train,eval ARTIFACT=a.bin", "STAGES=export CHECKPOINT=c.pt", "STAGES=export RESUME=1 RUN_ID=a", "STAGES=eval ARTIFACT=a.bin",
+        "STAGES=export,eval CHECKPOINT=c.pt", "RUN_ID=a.b", "ROPE_DIMS=64", "ROPE_DIMS=2", "BOS_ID=1023", "EVAL_STRIDE=1024",
+        "EVAL_SEQ_LEN=2048 EVAL_STRIDE=2048", "TRAIN_BATCH_TOKENS=1024", "MICRO_BATCH_TOKENS=1024", "WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.5",
+        "NUM_KV_HEADS=8", "SCORES_FILE=scores.npy",
+    ],
+)  # fmt: skip
+def test_edge_that_the_rules_allow(allowed: str) -> None:
+    assert problems_of(*allowed.split()) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_env_reads_back_as_the_same_configuration(preset: str, tmp_path: Path) -> None:
+    config = replace(parse_config([f"PRESET={preset}"], {}), run_id="# größe = 3", adam_eps=1e-12, matrix_lr=0.1 + 0.2, resume=True, scores_file="a b.npy")
+    (tmp_path / "config.env").write_text(config_lines(config), encoding="utf-8")
+    assert parse_config([f"@{tmp_path / 'config.env'}"], {}) == config
+    assert parse_config([f"@{tmp_path / 'config.env'}"], {"SEED": "5"}) == config, "a file counts as arguments"
+    assert parse_config([f"@{tmp_path / 'config.env'}", "SEED=5"], {}) == replace(config, seed=5)
+
+
+def test_config_env_has_one_line_for_every_setting() -> None:
+    assert [line.partition("=")[0] for line in config_lines(Config()).splitlines()] == [declared.name.upper() for declared in fields(Config)]
+
+
+def test_settings_file_may_hold_comments_and_its_mistakes_are_reported_with_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "config.env"
+    file.write_text("# a comment\n\nSEED=3\nITERATIONS=none\nNUM_LAYER=2\n")
+    report = problems_of(f"@{file}", "CODER=gzip", f"@{tmp_path / 'missing'}")
+    assert len(report) == 4
+    assert {line.split(":")[0] for line in report} == {"ITERATIONS=none", "NUM_LAYER=2", "CODER=gzip", f"@{tmp_path / 'missing'}"}
+
+
+def test_settings_file_that_names_itself_is_a_config_error(tmp_path: Path) -> None:
+    file = tmp_path / "config.env"
+    file.write_text(f"SEED=3\n@{file}\n")
+    assert problems_of(f"@{file}") != []
+
+
+words = st.sampled_from([*SETTINGS, *(name.lower() for name in list(SETTINGS)[:5]), "SED", "", "@", "@.", "#", "--plan", "MUON_X"])
+texts = st.one_of(
+    st.sampled_from(["", "0", "1", "-1", "2", "7", "1e9", "nan", "-inf", "1_0", "true", "demo", "tiny", "train", "a/b", "..", "x.npy", "\n", "\x00", "９"]),
+    st.text(max_size=8),
+    st.integers().map(str),
+    st.floats().map(str),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(words, st.sampled_from(["=", "=", "=", "", "=="]), texts), max_size=6), st.dictionaries(words, texts, max_size=4))
+@example([("ITERATIONS", "=", "9" * 400)], {})
+@example([("@", "", "a\x00b")], {})
+def test_mutated_settings_are_accepted_or_raise_config_error(parts: list[tuple[str, str, str]], environment: dict[str, str]) -> None:
+    try:
+        config = parse_config(["".join(part) for part in parts], environment)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert train_gpt.validate(config) == []
+        assert parse_config(config_lines(config).splitlines(), {}) == config
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Returns the finished script, run in `folder` without any setting in its environment."""
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_help_lists_every_setting_and_every_preset(tmp_path: Path) -> None:
+    done = run(tmp_path, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    for declared in fields(Config):
+        [line] = [line for line in lines if line.startswith(f"  {declared.name.upper()} ")]
+        assert line.split()[1] == declared.type
+        assert train_gpt.format_value(declared.default) in line
+        assert declared.metadata["meaning"] in line
+        assert all(choice in line for choice in declared.metadata["choices"])
+    for preset, row in PRESETS.items():
+        after = lines[lines.index(f"preset {preset}") + 1 :]
+        assert not row or after[0].split() == [f"{name.upper()}={train_gpt.format_value(value)}" for name, value in row.items()]
+
+
+def test_bad_settings_exit_with_2_and_leave_no_trace(tmp_path: Path) -> None:
+    done = run(tmp_path, "SEED=x", "NUM_HEADS=7", "DEVICE=cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "SEED=x: expected a whole number\nNUM_HEADS=7 must divide MODEL_DIM=512" in done.stderr
+    assert "--help" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def main_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that runs `main` in this process, without World, and returns (exit code, standard output, standard error)."""
+    for name in (*SETTINGS, "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_world(*_: Any) -> None:
+        raise AssertionError("a process group was about to start")
+
+    monkeypatch.setattr(train_gpt, "World", no_world)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = train_gpt.main(arguments)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("arguments", [("--plann",), ("-x", "SEED=1"), ("--help", "--verbose"), ("SEED=x", "--plan"), ("SEED",), ("PRESET=none",)])
+def test_command_line_mistake_exits_with_2(arguments: tuple[str, ...], main_output: Any) -> None:
+    code, out, err = main_output(*arguments)
+    assert (code, out) == (2, "")
+    assert err.strip()
+
+
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_plan_of_every_preset_fits_the_cap(preset: str, scale: str, main_output: Any) -> None:
+    began = time.process_time()
+    code, out, err = main_output("--plan", "--json", f"PRESET={preset}", f"SCALE={scale}")
+    assert time.process_time() - began < 10
+    planned = json.loads(out)
+    assert (code, err, planned["preset"]) == (0, "", preset)
+    assert planned["params"] == sum(row["params"] for row in planned["roles"])
+    assert planned["predicted_bytes_total"] == sum(row["predicted_bytes"] for row in planned["roles"]) + planned["predicted_bytes_code"]
+    assert 0 < planned["predicted_bytes_total"] <= planned["bytes_cap"] == 16_000_000
+    assert planned["fits"] is True
+    if (preset, scale) == ("baseline", "full"):
+        assert planned["params"] == 17_059_912  # what the challenge's starter script logs
+
+
+def test_plan_for_people_agrees_with_plan_for_machines(main_output: Any) -> None:
+    planned = json.loads(main_output("--plan", "--json", "BYTES_CAP=1000000")[1])
+    code, text, _ = main_output("--plan", "BYTES_CAP=1000000")
+    assert (code, planned["fits"]) == (0, False)
+    assert f"{planned['predicted_bytes_total']:,} bytes does NOT fit BYTES_CAP=1,000,000" in text
+    assert f"{planned['params']:,} parameters" in text
+    for row in planned["roles"]:
+        assert f"{row['params']:,} weights" in text
+    for phase in planned["phases"]:
+        assert ",".join(map(str, phase["order"])) in text
+
+
+def settings_read(nodes: list[ast.stmt], owners: tuple[str, ...]) -> set[str]:
+    """Returns the attributes that `nodes` read from a configuration: a variable or a `.config` whose name is in `owners`."""
+    found = set()
+    for node in (child for top in nodes for child in ast.walk(top)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if name in owners:
+                found.add(node.attr)
+    return found
+
+
+def test_every_setting_is_read_outside_its_declaration_and_validation() -> None:
+    outside = [node for node in TREE.body if getattr(node, "name", "") not in ("Config", "validate")]
+    read = settings_read(outside, ("config", "c", "Config"))
+    [declaration] = [node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+    properties = {node.name: node for node in declaration.body if isinstance(node, ast.FunctionDef)}
+    assert set(properties) <= read, "a derived number that nothing reads"
+    for node in properties.values():
+        read |= settings_read([node], ("self",))
+    # IGNORE_ENV is needed before there is a Config; test_ignore_env_silences_only_the_names_it_lists shows its effect.
+    assert {declared.name for declared in fields(Config)} - read == {"ignore_env"}
+
+
+def test_only_world_and_main_read_the_environment() -> None:
+    readers = set()
+    for node in TREE.body:
+        for child in ast.walk(node):
+            if isinstance(child, ast.Attribute | ast.Name) and (child.attr if isinstance(child, ast.Attribute) else child.id) in ("environ", "getenv", "environb"):
+                readers.add(getattr(node, "name", "module level"))
+    assert readers == {"World", "main"}
