@@ -794,7 +794,10 @@ def load_val(config: Config) -> ValData:
     tokens = np.concatenate(shards)
     if len(tokens) <= config.window:
         raise ValueError(f"DATA_PATH={config.data_path}: {len(tokens)} validation tokens do not fill one window of {config.window} and its target")
-    return ValData(tokens, table.of_targets(tokens))
+    val = ValData(tokens, table.of_targets(tokens))
+    if not val.target_bytes.any():
+        raise ValueError(f"DATA_PATH={config.data_path}: the validation tokens stand for no text at all; these shards were made with another tokenizer")
+    return val
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -962,8 +965,9 @@ def predicted_bits_per_weight(bits: int, columns: int) -> float:
 # Owns the network and its initial weights. There is one forward, for training, scoring, calibration and adaptation; `phase` says what it
 # computes and `adapters[slot][name]` adds to a projection when given. Parameters are float32 masters, cast where they are used.
 
-# One mapping per executed layer (slot), from projection name to a module that is added to the projection's output.
-Adapters = Sequence[Mapping[str, Callable[[Tensor], Tensor]]]
+# What is added to the output of a layer's projections, by projection name ("q", "k", "v", "out", "up", "down"), and one of these per executed layer (slot).
+SlotAdapters = Mapping[str, Callable[[Tensor], Tensor]]
+Adapters = Sequence[SlotAdapters]
 
 
 class Rows(NamedTuple):
@@ -1033,7 +1037,7 @@ class Linear(nn.Module):
         self.bits = bits
         self.zero_init = zero_init
 
-    def forward(self, x: Tensor, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None = None, name: str = "") -> Tensor:
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
         y = F.linear(x, stored_weight(self.weight, self.bits, phase).to(x.dtype))
         return y if adapters is None else y + adapters[name](x)
 
@@ -1058,7 +1062,7 @@ class Attention(nn.Module):
         self.roles = {"q_gain": Role.GAIN}
         self.attend = ATTENTION_BACKENDS[c.attention_backend]
 
-    def forward(self, x: Tensor, rows: Rows, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         def split(projected: Tensor, heads: int) -> Tensor:
             return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
@@ -1078,7 +1082,7 @@ class MLP(nn.Module):
         self.up = Linear(config.model_dim, config.mlp_dim, Role.MATRIX, config.matrix_bits)
         self.down = Linear(config.mlp_dim, config.model_dim, Role.MATRIX, config.matrix_bits, zero_init=True)
 
-    def forward(self, x: Tensor, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None) -> Tensor:
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         return self.down(F.relu(self.up(x, phase, adapters, "up")).square(), phase, adapters, "down")
 
 
@@ -1094,7 +1098,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
         self.roles = dict.fromkeys(("mix", "attention_scale", "mlp_scale"), Role.GAIN)
 
-    def forward(self, x: Tensor, x0: Tensor, rows: Rows, phase: Phase, adapters: Mapping[str, Callable[[Tensor], Tensor]] | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         x = x + self.attention_scale.to(x.dtype) * self.attention(rms_norm(x), rows, phase, adapters)
@@ -1545,7 +1549,7 @@ class Trainer:
 
     def train(self) -> Trained:
         """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
-        config, world, signals = self.run.config, self.run.world, self.run.signals
+        world, signals = self.run.world, self.run.signals
         finished = self.resume()
         if not finished:
             warm_up(self.run, self.forward, self.state, self.schedule)
@@ -1559,7 +1563,7 @@ class Trainer:
             signals.deferred = False
             if stopped:
                 number = signals.received or signal.SIGTERM
-                self.run.log.note(f"stopped by {number.name} after step {self.step}; continue with RESUME=1 RUN_ID={config.run_id}")
+                self.run.log.note(f"stopped by {number.name} after step {self.step}; continue with: python train_gpt.py @{self.run.folder}/config.env RESUME=1")
                 raise SystemExit(128 + number)
         peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB" if world.device.type == "cuda" else ""
         self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights saved in checkpoint.pt")
@@ -1638,7 +1642,7 @@ class Trainer:
         if not self.run.config.resume:
             return False
         path = self.run.folder / "checkpoint.pt"
-        if not path.exists():
+        if not self.run.world.from_main(path.exists()):
             self.run.log.note("no checkpoint yet: training starts from step 0")
             return False
         saved = read_checkpoint(path)
@@ -2009,7 +2013,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     folder = open_folder(config, world)
     run = Run(config, world, Log(folder if world.is_main else None), folder, signals)
     changed = {name: format_value(getattr(config, name.lower())) for name in SETTINGS if getattr(config, name.lower()) != getattr(Config, name.lower())}
-    run.log.event("config", run_id=config.run_id, preset=config.preset, changed=changed, settings=asdict(config))
+    run.log.event("config", run_id=config.run_id, preset=config.preset, changed=changed, settings={name: getattr(config, name.lower()) for name in SETTINGS})
     run.log.event("env", **environment_event(world, source, model))
 
     trained: Trained | None = None
