@@ -17,6 +17,7 @@ import ast
 import base64
 import difflib
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -82,7 +83,7 @@ class Config:
     compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
     attention_backend: str = setting("sdpa", "sdpa = PyTorch's fused kernels; reference = plain maths", choices=("sdpa", "reference"))
-    ignore_env: str = setting("", "comma-separated environment variables that look like misspelt settings and are not")
+    ignore_env: str = setting("", "comma-separated environment variables that are not meant for this script, whatever they look like")
 
     # data
     data_path: str = setting("data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin shards")
@@ -92,7 +93,7 @@ class Config:
     # model
     vocab_size: int = setting(1024, "number of tokens; must equal the tokenizer's", low=2, high=65536)
     bos_id: int = setting(1, "token that starts every document; must equal the tokenizer's", low=0, high=65535)
-    num_layers: int = setting(9, "physical blocks", low=1, high=256)
+    num_layers: int = setting(9, "physical blocks", low=2, high=256)
     model_dim: int = setting(512, "width of the residual stream", low=2, high=16384)
     num_heads: int = setting(8, "query heads", low=1, high=1024)
     num_kv_heads: int = setting(4, "key/value heads; divides NUM_HEADS", low=1, high=1024)
@@ -134,7 +135,7 @@ class Config:
     adam_weight_decay: float = setting(0.0, "Adam: decoupled weight decay of embeddings and head, times the learning rate", low=0)
     beta1: float = setting(0.9, "Adam: decay of the first moment", low=0, high=0.9999)
     beta2: float = setting(0.95, "Adam: decay of the second moment", low=0, high=0.99999)
-    adam_eps: float = setting(1e-8, "Adam: added to the root of the second moment", low=0)
+    adam_eps: float = setting(1e-8, "Adam: added to the root of the second moment", low=1e-20)
     grad_clip_norm: float = setting(0.0, "largest norm of the averaged gradient; 0 = no clipping", low=0)
 
     # artifact
@@ -235,16 +236,16 @@ def parse_value(name: str, text: str) -> Any:
         value = int(text) if declared.type == "int" else float(text)
     except ValueError:
         raise ValueError(f"expected {'a whole number' if declared.type == 'int' else 'a number'}") from None
-    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+    if not (low if low is not None else -sys.float_info.max) <= value <= (high if high is not None else sys.float_info.max):
         raise ValueError(f"expected {describe_range(low, high)}")
     return value
 
 
 def describe_range(low: float | None, high: float | None) -> str:
-    """Returns the bounds in words, e.g. "at least 1", or "" without bounds."""
+    """Returns the bounds in words, e.g. "at least 1"."""
     if low is not None and high is not None:
-        return f"{low:g} to {high:g}"
-    return f"at least {low:g}" if low is not None else "a finite number"
+        return f"{low} to {high}"
+    return f"at least {low}" if low is not None else "a finite number"
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -255,19 +256,20 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 def read_arguments(arguments: Sequence[str], problems: list[str]) -> dict[str, str]:
     """Returns NAME -> value from `NAME=value` and `@file` arguments (a file of such lines, as `config.env`), later ones winning."""
-    pairs: dict[str, str] = {}
+    lines: list[str] = []
     for argument in arguments:
-        if argument.startswith("@"):
-            try:
-                lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{argument}: cannot be read ({error})")
-                continue
-            pairs.update(read_arguments([line for line in lines if line and not line.startswith("#")], problems))
+        if not argument.startswith("@"):
+            lines.append(argument)
             continue
-        name, equals, value = argument.partition("=")
+        try:
+            lines += [line for line in Path(argument[1:]).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+        except (OSError, ValueError) as error:
+            problems.append(f"{argument}: cannot be read ({error})")
+    pairs: dict[str, str] = {}
+    for line in lines:
+        name, equals, value = line.partition("=")
         if not equals or name not in SETTINGS:
-            problems.append(f"{argument}: expected NAME=value with a setting's name{did_you_mean(name.upper(), list(SETTINGS))}")
+            problems.append(f"{line}: expected NAME=value with a setting's name{did_you_mean(name.upper(), list(SETTINGS))}")
         else:
             pairs[name] = value
     return pairs
@@ -279,15 +281,15 @@ def read_environment(environment: Mapping[str, str], ignored: Sequence[str], pro
         close = difflib.get_close_matches(name, list(SETTINGS), n=1, cutoff=0.8)
         if close or name.startswith(FAMILIES):
             hint = f"did you mean {close[0]}? " if close else ""
-            problems.append(f"{name}={environment[name]}: not a setting. {hint}If it is not meant for this script: unset it, or IGNORE_ENV={name}")
-    return {name: value for name, value in environment.items() if name in SETTINGS}
+            problems.append(f"{name} in the environment is not a setting. {hint}If it is not meant for this script: unset it, or IGNORE_ENV={name}")
+    return {name: value for name, value in environment.items() if name in SETTINGS and name not in ignored}
 
 
 def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     """Returns the validated configuration. Raises ConfigError listing every problem."""
     problems: list[str] = []
     given = read_arguments(arguments, problems)
-    ignored = given.get("IGNORE_ENV", environment.get("IGNORE_ENV", "")).split(",")
+    ignored = [name.strip() for name in given.get("IGNORE_ENV", environment.get("IGNORE_ENV", "")).split(",")]
     given = {**read_environment(environment, ignored, problems), **given}
     values: dict[str, Any] = {}
     for name, text in given.items():
@@ -320,6 +322,8 @@ def validate(config: Config) -> list[str]:
     require(c.stage_list == known, f"STAGES={c.stages}: expected some of train,export,eval, each once, in this order")
     require("train" in known or "export" not in known or c.checkpoint != "" or c.resume, "STAGES without train: name what to export with CHECKPOINT=path")
     require("export" in known or "eval" not in known or c.artifact != "", "STAGES without export: name what to score with ARTIFACT=path")
+    require("train" not in known or c.checkpoint == "", "CHECKPOINT is what STAGES without train exports; to continue a run use RESUME=1 RUN_ID=name")
+    require("export" not in known or c.artifact == "", "ARTIFACT is what STAGES without export scores; use STAGES=eval")
     require(not c.resume or c.run_id != "", "RESUME=1: say which run to continue with RUN_ID=name")
     require(Path(c.run_id).name == c.run_id and c.run_id not in (".", ".."), f"RUN_ID={c.run_id}: expected a plain folder name; use RUNS_DIR for its place")
     require(c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} must divide MODEL_DIM={c.model_dim}")
@@ -530,11 +534,14 @@ class StopSignals:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that appears whole under its name or not at all, even when the machine dies."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -662,12 +669,15 @@ def read_shard(path: Path) -> np.ndarray:
     """Returns the uint16 tokens of a shard, memory-mapped. Raises ValueError when the header or the size is wrong."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        found = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
-        raise ValueError(f"{path}: not a token shard: {found}; expected magic {SHARD_MAGIC}, version {SHARD_VERSION}. Make or fetch it again")
-    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if size != expected or header[2] < 1:
-        raise ValueError(f"{path}: {size:,} bytes, but its header promises {header[2]:,} tokens = {expected:,} bytes; it is truncated: fetch it again")
+    if len(header) < 256:
+        raise ValueError(f"{path}: {size} bytes are less than the {SHARD_HEADER_BYTES} of a shard's header; it is truncated: make or fetch it again")
+    magic, version, count = header[:3].tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise ValueError(f"{path}: magic {magic}, version {version} is not a token shard's; expected magic {SHARD_MAGIC}, version {SHARD_VERSION}")
+    expected = SHARD_HEADER_BYTES + 2 * count
+    if size != expected or count < 1:
+        verdict = "truncated" if size < expected else "empty" if count == 0 else "damaged"
+        raise ValueError(f"{path}: {size:,} bytes, but its header promises {count:,} tokens = {expected:,} bytes; it is {verdict}: make or fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
 
@@ -724,9 +734,10 @@ class TrainLoader:
                 state.update(row=0, shard=0 if last else state["shard"] + 1, passes=state["passes"] + last)
         share = num_rows // world.size
         mine = picked[world.rank * share : (world.rank + 1) * share]
-        rows = np.stack([self.shards[shard][start : start + seq_len + 1] for shard, start in mine])
-        check_tokens(rows, self.config.vocab_size, self.paths[mine[0][0]])
-        return to_device(rows, world.device)
+        rows = [self.shards[shard][start : start + seq_len + 1] for shard, start in mine]
+        for row, (shard, _) in zip(rows, mine, strict=True):
+            check_tokens(row, self.config.vocab_size, self.paths[shard])
+        return to_device(np.stack(rows), world.device)
 
 
 def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
@@ -763,6 +774,8 @@ def token_bytes(config: Config) -> TokenBytes:
     size = model.vocab_size()
     if size != config.vocab_size:
         raise ValueError(f"VOCAB_SIZE={config.vocab_size}, but TOKENIZER_PATH={path} has {size} tokens; set VOCAB_SIZE={size}, or the path of the right model")
+    if model.bos_id() < 0:
+        raise ValueError(f"TOKENIZER_PATH={path}: this model has no BOS token, and every document must start with one")
     if model.bos_id() != config.bos_id:
         raise ValueError(f"BOS_ID={config.bos_id}, but TOKENIZER_PATH={path} says {model.bos_id()}; set BOS_ID={model.bos_id()}")
     table = TokenBytes(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool))
@@ -916,20 +929,22 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            declared: Mapping[str, Role] = module.roles
-            roles[f"{prefix}.{name}" if prefix else name] = declared[name]
+            path = f"{prefix}.{name}" if prefix else name
+            declared: Mapping[str, Role] = getattr(module, "roles", {})  # a module of PyTorch's declares none
+            assert name in declared, f"parameter {path} has no role: name one in the `roles` of {type(module).__name__}"
+            roles[path] = declared[name]
     return roles
 
 
 class Grid(NamedTuple):
     """The points step * {-limit .. limit}, with one step a row."""
 
-    step: Tensor  # (rows, 1), values that float16 holds
+    step: Tensor  # (rows, 1), values that bfloat16 holds
     limit: int
 
     def round(self, weight: Tensor) -> Tensor:
         """Returns the integer coordinates of the nearest points, as floats: (rows, columns)."""
-        return (weight / self.step.clamp_min(1e-12)).round().clamp(-self.limit, self.limit)
+        return (weight / self.step.clamp_min(1e-30)).round().clamp(-self.limit, self.limit)
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns the points with these coordinates."""
@@ -940,23 +955,36 @@ class Grid(NamedTuple):
         return weight + (self.dequantise(self.round(weight)) - weight).detach()
 
 
+def round_to_bfloat16(x: Tensor) -> Tensor:
+    """Returns the bfloat16 values nearest to x >= 0, in x's dtype.
+
+    Done on the bits: the compiler drops a cast to a narrow type and back, and then training would see another grid than the artifact has.
+    """
+    pattern = x.float().view(torch.int32)
+    nearest = (pattern + 0x7FFF + ((pattern >> 16) & 1)) & ~0xFFFF
+    return nearest.view(torch.float32).to(x.dtype)
+
+
 def rowmax_grid(weight: Tensor, bits: int) -> Grid:
-    """Returns the grid of `bits` whose outermost point is each row's absolute maximum. `weight` is (rows, columns)."""
+    """Returns the grid of `bits` whose outermost point is each row's absolute maximum, to within half a step. `weight` is (rows, columns)."""
     limit = 2 ** (bits - 1) - 1
-    step = weight.detach().abs().amax(dim=1, keepdim=True) / limit
-    return Grid(step.to(torch.float16).to(weight.dtype), limit)
+    return Grid(round_to_bfloat16(weight.detach().abs().amax(dim=1, keepdim=True) / limit), limit)
 
 
 def predicted_bits_per_weight(bits: int, columns: int) -> float:
-    """Returns the entropy of a Gaussian row of `columns` weights on its rowmax grid, scale included: what an ideal coder would need.
+    """Returns the entropy of a Gaussian row of `columns` weights on its rowmax grid, step included: what an ideal coder would need.
 
-    A Gaussian's expected maximum over n draws is close to sqrt(2 ln n) - (ln ln n + ln 4 pi) / (2 sqrt(2 ln n)) deviations.
+    The largest of n absolute values is taken where the expected number beyond it is one (the location of its Gumbel distribution).
     """
     if bits == 16:
         return 16.0
     root = math.sqrt(2 * math.log(2 * columns))
     largest = root - (math.log(math.log(2 * columns)) + math.log(4 * math.pi)) / (2 * root)
-    return min(math.log2(math.sqrt(2 * math.pi * math.e) * (2 ** (bits - 1) - 1) / largest), bits) + 16 / columns
+    limit = 2 ** (bits - 1) - 1
+    edges = [(code - 0.5) * largest / limit for code in range(-limit + 1, limit + 1)]
+    below = [0.0, *(0.5 + 0.5 * math.erf(edge / math.sqrt(2)) for edge in edges), 1.0]
+    shares = [high - low for low, high in itertools.pairwise(below)]
+    return -sum(share * math.log2(share) for share in shares if share > 0) + 16 / columns
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -1164,8 +1192,10 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
         x = rms_norm(self.hidden(tokens, phase, adapters))
-        tied = stored_weight(self.embed, self.config.embed_bits, phase).to(x.dtype)
-        raw = self.head(x, phase) if self.head is not None else F.linear(x, tied)
+        if self.head is not None:
+            raw = self.head(x, phase)
+        else:
+            raw = F.linear(x, stored_weight(self.embed, self.config.embed_bits, phase).to(x.dtype))
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
 
@@ -1214,11 +1244,11 @@ def orthogonalise(matrices: Tensor, steps: int, coefficients: str) -> Tensor:
     return x.transpose(1, 2) if tall else x
 
 
-def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def take_gradients(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Returns the gradients and takes them off the parameters. A parameter that backward did not reach is an error."""
     gradients = []
-    for parameter in parameters:
-        assert parameter.grad is not None, "every optimised parameter has a gradient"
+    for name, parameter in zip(names, parameters, strict=True):
+        assert parameter.grad is not None, f"{name} has no gradient: forward does not use it"
         gradients.append(parameter.grad)
         parameter.grad = None
     return gradients
@@ -1238,7 +1268,7 @@ class MuonGroup:
 
     def reduce(self) -> list[Tensor]:
         """Returns [the gradients of this rank's share, summed over ranks], (share, rows, columns)."""
-        gradients = take_gradients(self.parameters)
+        gradients = take_gradients(self.names, self.parameters)
         padding = [torch.zeros_like(gradients[0])] * (self.share * self.world.size - len(gradients))
         return [self.world.scatter_sum(torch.stack(gradients + padding))]
 
@@ -1279,7 +1309,7 @@ class AdamGroup:
 
     def reduce(self) -> list[Tensor]:
         """Returns the gradients, summed over ranks in one transfer."""
-        flat = self.world.sum_(torch.cat([gradient.flatten() for gradient in take_gradients(self.parameters)]))
+        flat = self.world.sum_(torch.cat([gradient.flatten() for gradient in take_gradients(self.names, self.parameters)]))
         pieces = flat.split([parameter.numel() for parameter in self.parameters])
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
@@ -1701,11 +1731,11 @@ def parameters_by_role(model: GPT) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def encode_role(tensors: Sequence[Tensor], bits: int) -> bytes:
-    """Returns the raw bytes of tensors of one role: all steps (float16), then all codes (int8), or all values (float16) at 16 bits."""
+    """Returns the raw bytes of tensors of one role: all steps (bfloat16), then all codes (int8), or all values (float16) at 16 bits."""
     if bits == 16:
         return b"".join(tensor.to(torch.float16).cpu().numpy().tobytes() for tensor in tensors)
     grids = [rowmax_grid(tensor, bits) for tensor in tensors]
-    steps = [grid.step.to(torch.float16).cpu().numpy().tobytes() for grid in grids]
+    steps = [(grid.step.float().view(torch.int32) >> 16).to(torch.int16).cpu().numpy().tobytes() for grid in grids]
     codes = [grid.round(tensor).to(torch.int8).cpu().numpy().tobytes() for grid, tensor in zip(grids, tensors, strict=True)]
     return b"".join(steps + codes)
 
@@ -1721,7 +1751,8 @@ def decode_role(raw: bytes, shapes: Sequence[torch.Size], bits: int) -> list[Ten
         flat = torch.from_numpy(np.frombuffer(raw, dtype="<f2").astype(np.float32))
         return [piece.view(shape) for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)]
     rows = [shape[0] for shape in shapes]
-    steps = torch.from_numpy(np.frombuffer(raw, dtype="<f2", count=sum(rows)).astype(np.float32)).split(rows)
+    patterns = np.frombuffer(raw, dtype="<u2", count=sum(rows)).astype(np.uint32) << 16
+    steps = torch.from_numpy(patterns.view(np.float32)).split(rows)
     codes = torch.from_numpy(np.frombuffer(raw, dtype=np.int8, offset=2 * sum(rows)).astype(np.float32)).split([shape.numel() for shape in shapes])
     limit = 2 ** (bits - 1) - 1
     return [Grid(step[:, None], limit).dequantise(code.view(shape)) for step, code, shape in zip(steps, codes, shapes, strict=True)]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "data", ROOT / "records"):
     sys.path.insert(0, str(folder))
 
+import forked  # noqa: E402
 import shards  # noqa: E402
 
 import train_gpt  # noqa: E402
@@ -104,3 +111,100 @@ def run_script(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[
         return subprocess.run([*launcher, str(script), *arguments, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
     return run
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without settings of the script or a launcher, for scripts that a test runs."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    return {**{name: value for name, value in os.environ.items() if name not in (*train_gpt.SETTINGS, *launcher)}, "OMP_NUM_THREADS": "1"}
+
+
+class Ended(NamedTuple):
+    """How a run inside this process ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+@pytest.fixture(scope="session")
+def run_here(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[..., Ended]:
+    """A function that calls `main` in this process, where a test can patch it: run_here(tmp_path, RUN_ID="a"); its runs go to tmp_path/runs."""
+    vocab = tiny().vocab_size
+    pack = functools.cache(train_gpt.pack_script)  # half the time of a tiny run, and always the same
+
+    def run(folder: Path, *flags: str, bare: bool = False, **settings: Any) -> Ended:
+        """With `bare`, `flags` are all the arguments."""
+        arguments = [] if bare else tiny_arguments(corpus, vocab, **{"RUNS_DIR": folder / "runs", "RUN_ID": "run", **settings})
+        output, errors = io.StringIO(), io.StringIO()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        patches = mock.patch.dict(os.environ, clean_environment(), clear=True), mock.patch.object(train_gpt, "pack_script", pack)
+        try:
+            with patches[0], patches[1], contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                try:
+                    code = train_gpt.main([*arguments, *flags])
+                except SystemExit as stop:
+                    code = int(stop.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Ended(code, output.getvalue(), errors.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[..., forked.Ranks]:
+    """A function that starts the script in processes of its own and does not wait: launch(tmp_path, ranks=2, RUN_ID="a").finish()."""
+    vocab = tiny().vocab_size
+
+    def start(folder: Path, *flags: str, ranks: int = 1, script: Path = ROOT / "train_gpt.py", **settings: Any) -> forked.Ranks:
+        arguments = tiny_arguments(corpus, vocab, **{"RUNS_DIR": folder / "runs", "RUN_ID": "run", **settings})
+        return forked.start(script, [*arguments, *flags], clean_environment(), folder, ranks)
+
+    return start
+
+
+class Finished(NamedTuple):
+    """A run that went through every stage."""
+
+    folder: Path  # the run folder
+    scores: Path  # its SCORES_FILE
+    output: str  # what it printed
+
+    def result(self) -> dict[str, Any]:
+        """Returns result.json."""
+        return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """Returns the events of run.jsonl, of these kinds if any are given."""
+        events = [json.loads(line) for line in (self.folder / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [event for event in events if not kinds or event["event"] in kinds]
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Returns checkpoint.pt."""
+        return train_gpt.read_checkpoint(self.folder / "checkpoint.pt")
+
+
+# The run that others are compared with. CHECKPOINT_EVERY, VAL_LOSS_EVERY and SCORES_FILE do not reach its weights.
+REFERENCE = {"ITERATIONS": 12, "VAL_LOSS_EVERY": 5}
+
+
+@pytest.fixture(scope="session")
+def reference(run_here: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The run with the settings REFERENCE on one process."""
+    place = tmp_path_factory.mktemp("reference")
+    ended = run_here(place, **REFERENCE, SCORES_FILE=place / "scores.npy")
+    assert ended.code == 0, ended.errors
+    return Finished(place / "runs" / "run", place / "scores.npy", ended.output)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(launch: Callable[..., forked.Ranks], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same run on two ranks, by the packed script."""
+    place = tmp_path_factory.mktemp("two_ranks")
+    packed = place / "packed.py"
+    packed.write_bytes(train_gpt.pack_script((ROOT / "train_gpt.py").read_text(encoding="utf-8")))
+    outcome = launch(place, ranks=2, script=packed, **REFERENCE, SCORES_FILE=place / "scores.npy").finish()
+    assert outcome.codes == [0, 0], outcome.output
+    return Finished(place / "runs" / "run", place / "scores.npy", outcome.output)

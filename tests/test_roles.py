@@ -20,16 +20,10 @@ FLOAT16_MAX = 65504.0
 
 
 def rows_of_many_sizes(columns: int = 96, seed: int = 0) -> torch.Tensor:
-    """Gaussian rows whose scales run from where float16 steps vanish to the largest weight that the artifact accepts; one row is zero."""
+    """Gaussian rows whose scales run from 1e-12 to the largest weight that the artifact accepts; one row is zero."""
     noise = torch.randn(60, columns, generator=torch.Generator().manual_seed(seed))
     unit = noise / noise.abs().amax(dim=1, keepdim=True)
     return torch.cat([unit * torch.logspace(-12, math.log10(FLOAT16_MAX), 60)[:, None], torch.zeros(1, columns)])
-
-
-def keeps_its_shape(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Which rows have a maximum of at least limit^2 / 2^24 (0.001 at 8 bits): below it, float16 steps, by then subnormal, are too coarse
-    for the outermost point to be within half a step of the row's maximum."""
-    return weight.abs().amax(dim=1) >= (2 ** (bits - 1) - 1) ** 2 * 2.0**-24
 
 
 # Roles
@@ -52,7 +46,7 @@ def test_every_parameter_has_the_role_of_its_kind(tied: bool) -> None:
 def test_a_parameter_without_a_role_is_an_error(where: str) -> None:
     model = train_gpt.GPT(small_config())
     model.get_submodule(where).register_parameter("stranger", nn.Parameter(torch.zeros(3)))
-    with pytest.raises((KeyError, AttributeError)):
+    with pytest.raises(AssertionError, match="stranger has no role"):
         train_gpt.parameter_roles(model)
 
 
@@ -91,7 +85,7 @@ def test_a_qat_phase_computes_with_the_weights_that_the_role_table_would_export(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_are_integers_that_the_bits_can_hold_and_steps_are_float16(bits: int) -> None:
+def test_codes_are_integers_that_the_bits_can_hold_and_steps_are_bfloat16(bits: int) -> None:
     weight = rows_of_many_sizes()
     grid = rowmax_grid(weight, bits)
     codes = grid.round(weight)
@@ -99,30 +93,25 @@ def test_codes_are_integers_that_the_bits_can_hold_and_steps_are_float16(bits: i
     assert grid.limit == limit
     assert grid.step.shape == (61, 1)
     assert grid.step.dtype == torch.float32
-    assert torch.equal(grid.step, grid.step.half().float())
+    assert torch.equal(grid.step, grid.step.bfloat16().float())
     assert torch.equal(codes, codes.round())
     assert codes.abs().max() <= limit
-    outermost = codes.abs().amax(dim=1)[keeps_its_shape(weight, bits)]
-    assert (outermost == limit).all(), "the largest weight of a row is the outermost point"
+    assert (codes.abs().amax(dim=1)[:-1] == limit).all(), "the largest weight of a row is the outermost point"
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_error_is_at_most_half_a_step(bits: int) -> None:
-    """In rows too small for that, a step may be 2^-25 too small, which the row's largest weights feel `limit` times."""
-    weight, limit = rows_of_many_sizes(), 2 ** (bits - 1) - 1
+    weight = rows_of_many_sizes()
     grid = rowmax_grid(weight, bits)
     error = (grid.fake(weight).double() - weight.double()).abs().amax(dim=1)
-    half = grid.step[:, 0].double() / 2 * (1 + 1e-6)
-    well_scaled = keeps_its_shape(weight, bits)
-    assert (error[well_scaled] <= half[well_scaled]).all()
-    assert (error <= half + limit * 2.0**-25).all()
+    assert (error <= grid.step[:, 0].double() / 2 * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_span_each_row_on_its_own(bits: int) -> None:
     weight, limit = rows_of_many_sizes(), 2 ** (bits - 1) - 1
     exact = weight.abs().amax(dim=1) / limit
-    tolerance = torch.maximum(exact * 2.0**-11, torch.tensor(2.0**-25))  # half a unit in the last place of float16, normal or subnormal
+    tolerance = exact * 2.0**-8  # half a unit in the last place of bfloat16
     assert ((rowmax_grid(weight, bits).step[:, 0] - exact).abs() <= tolerance * (1 + 1e-5)).all()
 
 
@@ -140,7 +129,6 @@ def test_zero_rows_stay_zero_and_the_largest_rows_stay_finite(bits: int) -> None
 def test_fake_is_dequantise_of_round_bit_for_bit(bits: int) -> None:
     """In float32 weight + (point - weight) is exact, because a point within half a step of its weight is zero or within a factor of two of it."""
     weight = rows_of_many_sizes()
-    weight = weight[keeps_its_shape(weight, bits)]
     grid = rowmax_grid(weight, bits)
     assert torch.equal(grid.fake(weight), grid.dequantise(grid.round(weight)))
 
@@ -155,8 +143,7 @@ def test_the_gradient_of_fake_is_one_for_every_weight() -> None:
 @settings(max_examples=60, deadline=None)
 @given(bits=st.sampled_from(BITS), scale=st.floats(-3, 4), seed=st.integers(0, 2**32 - 1), columns=st.integers(1, 40))
 def test_weights_on_their_grid_are_a_fixed_point(bits: int, scale: float, seed: int, columns: int) -> None:
-    """A row that came from its grid gives the same step, codes and weights again, bit for bit, because its outermost point is occupied
-    (not so in rows below `keeps_its_shape`)."""
+    """A row that came from its grid gives the same step, codes and weights again, bit for bit, because its outermost point is occupied."""
     noise = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
     weight = noise / noise.abs().amax(dim=1, keepdim=True) * 10**scale
     grid = rowmax_grid(weight, bits)
@@ -180,12 +167,13 @@ def test_points_keep_their_place_on_a_given_grid() -> None:
 
 @pytest.mark.parametrize("columns", [64, 512, 2048])
 @pytest.mark.parametrize("bits", BITS)
-def test_forecast_is_within_3_percent_of_the_entropy_of_gaussian_rows(bits: int, columns: int) -> None:
+def test_forecast_is_close_to_the_entropy_of_gaussian_rows(bits: int, columns: int) -> None:
+    """Within 3%; at 2 bits within 10%, because there each row's largest weight, a matter of luck, decides how many are not zero."""
     weight = torch.randn(400_000 // columns, columns, generator=torch.Generator().manual_seed(0))
     _, counts = torch.unique(rowmax_grid(weight, bits).round(weight), return_counts=True)
     probabilities = counts / counts.sum()
     entropy = -(probabilities * probabilities.log2()).sum().item() + 16 / columns
-    assert train_gpt.predicted_bits_per_weight(bits, columns) == pytest.approx(entropy, rel=0.03)
+    assert train_gpt.predicted_bits_per_weight(bits, columns) == pytest.approx(entropy, rel=0.1 if bits == 2 else 0.03)
 
 
 def test_float16_is_forecast_at_16_bits() -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-import torch.multiprocessing
+from conftest import clean_environment
 
 import train_gpt
 from train_gpt import Clock, Control, ControlLink, Log, StopSignals, World, atomic_write
@@ -60,11 +60,10 @@ def test_control_link_returns_the_values_of_the_exchange_before(alone: World) ->
     ]  # fmt: skip
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
-    """One of two ranks: calls every collective and writes what it got to `folder`/RANK.json."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def call_every_collective() -> None:
+    """What one of two ranks does: calls every collective and writes what it got to RANK.json in the working folder."""
     world = World("cpu")
+    rank = world.rank
     got: dict[str, Any] = {"rank": world.rank, "size": world.size, "is_main": world.is_main}
 
     summed = torch.tensor([1.0, 10.0]) * (rank + 1)
@@ -84,24 +83,22 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     link = ControlLink(world, Control(0.5, stop=False))
     sent = [(10.0, False), (11.0, rank == 1), (12.0, False), (13.0, rank == 0), (14.0, False)]
     got["controls"] = [link.exchange(seconds + 1000 * rank, stop) for seconds, stop in sent]
-    Path(folder, f"{rank}.json").write_text(json.dumps(got))
+    Path(f"{rank}.json").write_text(json.dumps(got))
     world.close()
     assert not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def both_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes got from every collective."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, args=(port, str(folder)), nprocs=2)
+    outcome = forked.start(Path(__file__), [], clean_environment(), folder, ranks=2).finish()
+    assert outcome.codes == [0, 0], outcome.output
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_two_ranks_know_their_place(two_ranks: list[dict[str, Any]]) -> None:
-    assert [(got["rank"], got["size"], got["is_main"]) for got in two_ranks] == [(0, 2, True), (1, 2, False)]
+def test_two_ranks_know_their_place(both_ranks: list[dict[str, Any]]) -> None:
+    assert [(got["rank"], got["size"], got["is_main"]) for got in both_ranks] == [(0, 2, True), (1, 2, False)]
 
 
 @pytest.mark.parametrize(
@@ -117,22 +114,28 @@ def test_two_ranks_know_their_place(two_ranks: list[dict[str, Any]]) -> None:
         ("from_main", ["main", 1]),
     ],
 )
-def test_both_ranks_get_the_same(two_ranks: list[dict[str, Any]], name: str, expected: Any) -> None:
-    assert [got[name] for got in two_ranks] == [expected, expected]
+def test_both_ranks_get_the_same(both_ranks: list[dict[str, Any]], name: str, expected: Any) -> None:
+    assert [got[name] for got in both_ranks] == [expected, expected]
 
 
-def test_scatter_sum_gives_each_rank_its_own_half(two_ranks: list[dict[str, Any]]) -> None:
-    assert [got["scatter_sum"] for got in two_ranks] == [[[100.0, 102.0], [104.0, 106.0]], [[108.0, 110.0], [112.0, 114.0]]]
+def test_scatter_sum_gives_each_rank_its_own_half(both_ranks: list[dict[str, Any]]) -> None:
+    assert [got["scatter_sum"] for got in both_ranks] == [[[100.0, 102.0], [104.0, 106.0]], [[108.0, 110.0], [112.0, 114.0]]]
 
 
-def test_ranks_agree_on_the_seconds_of_rank_0_and_on_a_stop_asked_of_any_rank(two_ranks: list[dict[str, Any]]) -> None:
+def test_ranks_agree_on_the_seconds_of_rank_0_and_on_a_stop_asked_of_any_rank(both_ranks: list[dict[str, Any]]) -> None:
     expected = [[0.5, False], [10.0, False], [11.0, True], [12.0, False], [13.0, True]]
-    assert [got["controls"] for got in two_ranks] == [expected, expected]
+    assert [got["controls"] for got in both_ranks] == [expected, expected]
 
 
-def test_clock_counts_only_between_start_and_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(train_gpt, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the script sees, in seconds; a test moves it."""
+    moment = [100.0]
+    monkeypatch.setattr(train_gpt, "time", types.SimpleNamespace(perf_counter=lambda: moment[0], monotonic=lambda: moment[0]))
+    return moment
+
+
+def test_clock_counts_only_between_start_and_pause(now: list[float]) -> None:
     clock = Clock(2.0)
     seconds = [clock.seconds()]
     for advance, change in [(5.0, clock.start), (1.0, lambda: None), (0.5, clock.pause), (10.0, lambda: None), (3.0, clock.start), (0.25, clock.pause)]:
@@ -160,22 +163,34 @@ def test_signal_outside_training_exits_with_128_plus_its_number(signals: StopSig
     assert stopped.value.code == 128 + number
 
 
+def test_signal_outside_training_leaves_no_request_behind(signals: StopSignals) -> None:
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received is None
+
+
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_signal_during_training_is_only_noted_and_a_second_one_exits(signals: StopSignals, first: signal.Signals, second: signal.Signals) -> None:
+def test_signal_during_training_is_noted_and_one_sent_again_exits(
+    signals: StopSignals, first: signal.Signals, second: signal.Signals, now: list[float]
+) -> None:
     signals.deferred = True
     assert signals.received is None
     signal.raise_signal(first)
     assert signals.received is first
+    now[0] += 2.9  # the launcher's copy of the same request
+    signal.raise_signal(second)
+    assert signals.received is first
+    now[0] += 0.2
     with pytest.raises(SystemExit) as stopped:
         signal.raise_signal(second)
     assert stopped.value.code == 128 + second
 
 
-@pytest.mark.parametrize(("data", "written"), [(b"\x00\xff", b"\x00\xff"), ("größe\n", "größe\n".encode()), (b"", b"")])
-def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path, data: bytes | str, written: bytes) -> None:
+@pytest.mark.parametrize("data", [b"\x00\xff\r\n", b""])
+def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "file").write_text("a longer text that was there before")
     atomic_write(tmp_path / "file", data)
-    assert (tmp_path / "file").read_bytes() == written
+    assert (tmp_path / "file").read_bytes() == data
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
@@ -189,7 +204,16 @@ def test_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(train_gpt.os, "fsync", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        atomic_write(path, "new")
+        atomic_write(path, b"new")
+    assert path.read_text() == "old"
+
+
+def test_atomic_file_whose_writer_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), train_gpt.atomic_file(path) as file:
+        file.write(b"ne")
+        raise RuntimeError("half way")
     assert path.read_text() == "old"
 
 
@@ -301,3 +325,7 @@ def test_other_ranks_log_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     log.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+if __name__ == "__main__":
+    call_every_collective()

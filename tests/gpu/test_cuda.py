@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 import train_gpt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

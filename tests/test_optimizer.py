@@ -1,0 +1,444 @@
+"""Muon and Adam against plain references, what a step promises (clipping, bad steps, resume), and one rank against two."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import lively_model, small_config, tiny_arguments
+from torch import Tensor, nn
+
+import train_gpt
+from train_gpt import AdamGroup, Config, Knobs, MuonGroup, Optimizer, Phase, RoleRule, TrainingState, World, orthogonalise
+
+ALONE = World("cpu")
+OK = torch.ones((), dtype=torch.float64)
+BETA1 = Config.beta1
+
+
+def knobs(lr_scale: float = 1.0, momentum: float = 0.9) -> Knobs:
+    return Knobs(Phase((0,), 16), lr_scale, momentum)
+
+
+# Orthogonalisation
+
+
+def well_conditioned(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """A Gaussian matrix (rows, columns) in float64 whose singular values are replaced by 1 to 20."""
+    gaussian = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
+    return left @ torch.diag(torch.linspace(20, 1, len(values), dtype=torch.float64)) @ right
+
+
+def by_singular_values(matrix: Tensor, steps: int, coefficients: str) -> Tensor:
+    """What `orthogonalise` computes, from the singular value decomposition: the same polynomials on the singular values alone."""
+    safety, polynomials = train_gpt.POLYNOMIALS[coefficients]
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / (matrix.norm() * safety + 1e-7)
+    for a, b, c in polynomials[:steps]:
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
+
+
+SHAPES = {"wide": (24, 60), "tall": (60, 24), "square": (40, 40)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("coefficients", ["polar_express", "classic"])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_orthogonalise_maps_singular_values_and_keeps_singular_vectors(steps: int, coefficients: str, shape: tuple[int, int]) -> None:
+    matrix = well_conditioned(*shape)
+    expected = by_singular_values(matrix, steps, coefficients)
+    torch.testing.assert_close(orthogonalise(matrix[None], steps, coefficients)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("coefficients", "low", "high"), [("polar_express", 0.8588, 1.1412), ("classic", 0.6818, 1.1344)])
+def test_five_steps_come_close_to_the_polar_factor(coefficients: str, low: float, high: float, shape: tuple[int, int]) -> None:
+    """The bands are what the polynomials give on the singular values of well-conditioned matrices (0.03 to 0.9 of the norm)."""
+    matrix = well_conditioned(*shape)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalise(matrix[None], 5, coefficients)[0]
+    singular = torch.linalg.svdvals(result)
+    assert singular.min() >= low
+    assert singular.max() <= high
+    polar = left @ right
+    assert torch.linalg.matrix_norm(result - polar, ord=2) <= max(1 - low, high - 1) + 1e-4
+
+
+def test_polar_express_brings_small_singular_values_up() -> None:
+    """Minimax on [0.001, 1]: from a thousandth of the norm upwards all values end in one band; the classic polynomials take longer."""
+    matrix = torch.diag(torch.tensor([1.0, 0.1, 0.01, 0.0012], dtype=torch.float64))[None]
+    assert torch.linalg.svdvals(orthogonalise(matrix, 5, "polar_express")).min() > 0.858
+    assert torch.linalg.svdvals(orthogonalise(matrix, 5, "classic")).min() < 0.6
+
+
+@pytest.mark.parametrize("coefficients", ["polar_express", "classic"])
+def test_orthogonalise_of_zero_is_zero_and_does_not_disturb_its_batch(coefficients: str) -> None:
+    matrices = torch.stack([well_conditioned(24, 60, seed=1), torch.zeros(24, 60, dtype=torch.float64), 1e3 * well_conditioned(24, 60, seed=2)])
+    batch = orthogonalise(matrices, 5, coefficients)
+    assert torch.equal(batch[1], torch.zeros_like(batch[1]))
+    for matrix, result in zip(matrices, batch, strict=True):
+        torch.testing.assert_close(result, orthogonalise(matrix[None], 5, coefficients)[0], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("scale", "tolerance"), [(-1.0, 0.0), (1e6, 1e-8), (1e-3, 1e-5)])
+def test_orthogonalise_does_not_depend_on_scale(scale: float, tolerance: float) -> None:
+    """But for the 1e-7 that protects zero gradients, which shows a little in the smallest of these, of norm 0.06."""
+    matrix = well_conditioned(24, 60)[None]
+    expected = math.copysign(1.0, scale) * orthogonalise(matrix, 5, "polar_express")
+    torch.testing.assert_close(orthogonalise(scale * matrix, 5, "polar_express"), expected, rtol=0, atol=tolerance)
+
+
+# Groups against references
+
+
+def group_of(kind: type, shapes: list[tuple[int, ...]], rule: RoleRule, **settings: Any) -> tuple[Any, list[nn.Parameter]]:
+    """A group of random float64 parameters, and those parameters."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+    return kind([f"p{index}" for index in range(len(shapes))], parameters, rule, small_config(**settings), ALONE), parameters
+
+
+def apply_gradients(group: MuonGroup | AdamGroup, gradients: list[Tensor], step_knobs: Knobs) -> None:
+    for parameter, gradient in zip(group.parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    group.step(group.reduce(), step_knobs, OK)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adam_group_equals_torch_adamw(weight_decay: float) -> None:
+    shapes = [(5, 7), (3,), ()]
+    group, ours = group_of(AdamGroup, shapes, RoleRule("adam", 0.02, weight_decay, 16), beta1=0.8, beta2=0.97, adam_eps=1e-3)
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    adamw = torch.optim.AdamW(theirs, lr=0.02, betas=(0.8, 0.97), eps=1e-3, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(20):
+        lr_scale = 1 - step / 40
+        gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        adamw.param_groups[0]["lr"] = 0.02 * lr_scale
+        adamw.step()
+        apply_gradients(group, gradients, knobs(lr_scale))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)], ids=["wide", "tall"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_muon_group_equals_a_reference_that_takes_one_matrix_at_a_time(weight_decay: float, shape: tuple[int, int]) -> None:
+    """Nesterov momentum, orthogonalised by singular values, times sqrt(max(1, rows / columns)), decoupled weight decay."""
+    group, ours = group_of(MuonGroup, [shape] * 3, RoleRule("muon", 0.05, weight_decay, 8), muon_backend_steps=4)
+    weights = [parameter.detach().clone() for parameter in ours]
+    buffers = [torch.zeros(shape, dtype=torch.float64) for _ in ours]
+    for step in range(5):
+        gradients = [well_conditioned(*shape, seed=10 * step + index) for index in range(3)]
+        lr_scale, momentum = 1 - step / 10, 0.8 + step / 50
+        for index, gradient in enumerate(gradients):
+            buffers[index] = momentum * buffers[index] + gradient
+            update = by_singular_values(gradient + momentum * buffers[index], 4, "polar_express") * max(1, shape[0] / shape[1]) ** 0.5
+            weights[index] = (1 - 0.05 * lr_scale * weight_decay) * weights[index] - 0.05 * lr_scale * update
+        apply_gradients(group, gradients, knobs(lr_scale, momentum))
+    for our, expected in zip(ours, weights, strict=True):
+        torch.testing.assert_close(our.data, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("kind", "role"), [(MuonGroup, "muon"), (AdamGroup, "adam")])
+def test_weight_decay_is_decoupled_and_scaled_by_the_learning_rate(kind: type, role: str) -> None:
+    """With zero gradients weights shrink by 1 - rate * decay a step, and with others the moments do not hear of it."""
+    group, parameters = group_of(kind, [(4, 6)], RoleRule(role, 0.1, 0.5, 8))
+    start = parameters[0].detach().clone()
+    for _ in range(3):
+        apply_gradients(group, [torch.zeros(4, 6, dtype=torch.float64)], knobs(0.5))
+    torch.testing.assert_close(parameters[0].data, start * (1 - 0.1 * 0.5 * 0.5) ** 3, rtol=1e-14, atol=0)
+    decayed, plain = (group_of(kind, [(4, 6)], RoleRule(role, 0.1, decay, 8)) for decay in (0.5, 0.0))
+    for step in range(3):
+        for each, _ in (decayed, plain):
+            apply_gradients(each, [well_conditioned(4, 6, seed=step)], knobs())
+    torch.testing.assert_close(decayed[0].state_dict(), plain[0].state_dict(), rtol=0, atol=0)
+    assert not torch.equal(decayed[1][0], plain[1][0])
+
+
+# The optimiser of a model
+
+
+def make(config: Config, dtype: torch.dtype = torch.float64) -> tuple[train_gpt.GPT, Optimizer]:
+    model = lively_model(config, dtype)
+    return model, Optimizer(model, config, ALONE)
+
+
+def leave_gradients(model: train_gpt.GPT, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Puts random gradients on every parameter, as backward would, and returns their norm."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return torch.stack([parameter.grad.square().sum() for parameter in model.parameters()]).sum().sqrt()
+
+
+def weights_of(model: train_gpt.GPT) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def applied_gradients(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The gradients that the first step applied, read off its moments."""
+    return {name: state["momentum"] if "momentum" in state else state["first"] / (1 - BETA1) for name, state in optimizer.state_dict().items()}
+
+
+LOSS = torch.tensor(3.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_parameter_is_in_one_group_of_its_kind(tied: bool) -> None:
+    config = small_config(num_layers=3, tie_embeddings=tied)
+    model, optimizer = make(config)
+    names = [name for group in optimizer.groups for name in group.names]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    roles = train_gpt.parameter_roles(model)
+    for group in optimizer.groups:
+        assert len({roles[name] for name in group.names}) == 1
+        assert isinstance(group, MuonGroup) == (roles[group.names[0]] is train_gpt.Role.MATRIX)
+        assert all(parameter is model.get_parameter(name) for name, parameter in zip(group.names, group.parameters, strict=True))
+    assert set(optimizer.state_dict()) == set(names)
+
+
+def test_a_parameter_without_gradient_is_an_error() -> None:
+    model, optimizer = make(small_config())
+    leave_gradients(model)
+    model.blocks[1].mlp.up.weight.grad = None
+    with pytest.raises(AssertionError, match="gradient"):
+        optimizer.step(LOSS, knobs())
+
+
+def test_a_step_reports_loss_and_norm_moves_every_weight_and_takes_the_gradients() -> None:
+    model, optimizer = make(small_config())
+    before, norm = weights_of(model), leave_gradients(model)
+    stats = optimizer.step(LOSS, knobs())
+    assert stats.loss == 3.0
+    assert stats.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert all((parameter != before[name]).any() for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("limit", [0.5, 3.0])
+def test_clipping_scales_the_gradient_to_the_limit_and_reports_the_norm_before(limit: float) -> None:
+    model, optimizer = make(small_config(grad_clip_norm=limit))
+    norm = leave_gradients(model)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert norm > 2 * limit
+    stats = optimizer.step(LOSS, knobs())
+    assert stats.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for name, applied in applied_gradients(optimizer).items():
+        torch.testing.assert_close(applied, gradients[name] * (limit / norm), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.0])
+def test_a_gradient_below_the_limit_is_not_touched(scale: float) -> None:
+    weights = []
+    for limit in (1.0, 0.0):
+        model, optimizer = make(small_config(grad_clip_norm=limit))
+        assert leave_gradients(model, scale=scale) < 1
+        optimizer.step(LOSS, knobs())
+        weights.append(weights_of(model))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["blocks.2.mlp.down.weight", "blocks.0.mix", "embed", "the loss"])
+def test_a_step_that_is_not_finite_leaves_the_weights_and_the_next_one_works(where: str, bad: float, limit: float) -> None:
+    model, optimizer = make(small_config(grad_clip_norm=limit, muon_weight_decay=0.1, adam_weight_decay=0.1), torch.float32)
+    leave_gradients(model, seed=1)
+    optimizer.step(LOSS.float(), knobs())
+    before = weights_of(model)
+    leave_gradients(model, seed=2)
+    if where != "the loss":
+        model.get_parameter(where).grad.view(-1)[-1] = bad
+    stats = optimizer.step(torch.tensor(bad if where == "the loss" else 3.0), knobs())
+    assert not (stats.loss.isfinite() and stats.grad_norm.isfinite()), "and the loop can see it"
+    torch.testing.assert_close(weights_of(model), before, rtol=0, atol=0)
+    assert all(value.isfinite().all() for state in optimizer.state_dict().values() for value in state.values())
+    leave_gradients(model, seed=3)
+    optimizer.step(LOSS.float(), knobs())
+    moves = [(parameter - before[name]).abs().max() for name, parameter in model.named_parameters()]
+    assert all(0 < move < 1 for move in moves)
+
+
+def test_learning_rate_scale_zero_leaves_the_weights() -> None:
+    model, optimizer = make(small_config(muon_weight_decay=0.1, adam_weight_decay=0.1))
+    before = weights_of(model)
+    leave_gradients(model)
+    optimizer.step(LOSS, knobs(lr_scale=0.0))
+    torch.testing.assert_close(weights_of(model), before, rtol=0, atol=0)
+
+
+def test_a_restored_state_continues_bit_for_bit() -> None:
+    config = small_config(num_layers=3, muon_weight_decay=0.1)
+    model, optimizer = make(config)
+    for seed in (1, 2):
+        leave_gradients(model, seed)
+        optimizer.step(LOSS, knobs())
+    weights, state = weights_of(model), optimizer.state_dict()
+
+    def two_more(model: train_gpt.GPT, optimizer: Optimizer) -> tuple[dict[str, Tensor], Any]:
+        for seed in (3, 4):
+            leave_gradients(model, seed)
+            optimizer.step(LOSS, knobs())
+        return weights_of(model), optimizer.state_dict()
+
+    expected = two_more(model, optimizer)  # also: the saved state must not move along
+    for restored_model, restored in ((model, optimizer), make(config)):
+        train_gpt.load_weights(restored_model, weights)
+        restored.load_state_dict(state)
+        torch.testing.assert_close(restored.state_dict(), state, rtol=0, atol=0)
+        torch.testing.assert_close(two_more(restored_model, restored), expected, rtol=0, atol=0)
+
+
+# Steps over batches: micro-batches and ranks
+
+
+class Start(NamedTuple):
+    """What a training step needs."""
+
+    config: Config
+    model: train_gpt.GPT
+    optimizer: Optimizer
+    loader: train_gpt.TrainLoader
+
+    @property
+    def state(self) -> TrainingState:
+        return TrainingState(self.model, self.optimizer, self.loader)
+
+    def train(self, steps: int) -> list[tuple[float, float]]:
+        """Runs steps; returns (loss, gradient norm) of each."""
+        step_knobs = Knobs(Phase(tuple(range(self.config.num_layers)), self.config.train_seq_len), 0.7, 0.9)
+        stats = [train_gpt.training_step(self.model, self.optimizer, self.loader, step_knobs) for _ in range(steps)]
+        return [(stat.loss.item(), stat.grad_norm.item()) for stat in stats]
+
+
+def start(config: Config, world: World = ALONE) -> Start:
+    model = lively_model(config)
+    return Start(config, model, Optimizer(model, config, world), train_gpt.TrainLoader(config))
+
+
+def test_a_step_applies_the_gradient_of_the_mean_loss_of_the_batch(tiny: Callable[..., Config]) -> None:
+    training = start(tiny(MICRO_BATCH_TOKENS=64))
+    rows = train_gpt.TrainLoader(training.config).next_rows(8, 32, ALONE)
+    assert rows.shape == (8, 33)
+    mean = training.model(rows[:, :-1], rows[:, 1:], Phase((0, 1, 2), 32)).mean()
+    mean.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in training.model.named_parameters()}
+    training.model.zero_grad()
+    ((loss, norm),) = training.train(1)
+    assert loss == pytest.approx(mean.item(), rel=1e-6)
+    assert norm == pytest.approx(math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values())), rel=1e-6)
+    applied = applied_gradients(training.optimizer)
+    assert set(applied) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(applied[name], gradient, rtol=0, atol=1e-13)
+
+
+def test_micro_batches_do_not_change_the_step(tiny: Callable[..., Config]) -> None:
+    results = {}
+    for micro_batch_tokens, forwards in ((64, 4), (128, 2), (200, 2), (256, 1)):
+        training = start(tiny(MICRO_BATCH_TOKENS=micro_batch_tokens))
+        calls: list[int] = []
+        training.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        training.train(1)
+        assert len(calls) == forwards
+        results[micro_batch_tokens] = weights_of(training.model)
+    for micro_batch_tokens in (64, 128, 200):
+        torch.testing.assert_close(results[micro_batch_tokens], results[256], rtol=0, atol=1e-12)
+
+
+def rank_checks(rank: int, port: int, folder: Path, arguments: list[str]) -> None:
+    """What one of two ranks does; its outcome goes to `folder`."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = World("cpu")
+    config = train_gpt.parse_config(arguments, {})
+    training = start(config, world)
+    outcome: dict[str, Any] = {"stats": training.train(3), "trained": training.state.save()}
+
+    continued = start(config, world)
+    continued.state.load(torch.load(folder / "alone.pt"))
+    outcome["loaded"] = continued.state.save()
+    continued.train(1)
+    outcome["continued"] = continued.state.save()
+
+    leave_gradients(continued.model)
+    if rank == 1:
+        continued.model.blocks[2].mlp.up.weight.grad[0, 0] = float("nan")
+    stats = continued.optimizer.step(LOSS, knobs())
+    outcome["bad matrix"] = (stats.grad_norm.isfinite().item(), continued.state.save())
+    leave_gradients(continued.model)
+    if rank == 1:
+        continued.model.embed.grad[0, 0] = float("nan")
+    stats = continued.optimizer.step(LOSS, knobs())
+    outcome["bad embedding"] = (stats.grad_norm.isfinite().item(), continued.state.save())
+    torch.save(outcome, folder / f"rank{rank}.pt")
+    world.close()
+
+
+class TwoRanks(NamedTuple):
+    """The same three steps, alone and on two ranks, and what each did next."""
+
+    alone: dict[str, Any]
+    ranks: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny: Callable[..., Config], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    arguments = tiny_arguments(corpus, tiny().vocab_size, MICRO_BATCH_TOKENS=64, MUON_WEIGHT_DECAY=0.1)
+    training = start(train_gpt.parse_config(arguments, {}))
+    sizes = [len(group.parameters) for group in training.optimizer.groups if isinstance(group, MuonGroup)]
+    assert any(size % 2 for size in sizes), "some group does not divide into two shares"
+    assert any(size % 2 == 0 for size in sizes)
+    alone: dict[str, Any] = {"stats": training.train(3), "trained": training.state.save()}
+    torch.save(alone["trained"], folder / "alone.pt")
+    training.train(1)
+    alone["continued"] = training.state.save()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.spawn(rank_checks, (port, folder, arguments), nprocs=2)
+    return TwoRanks(alone, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)])
+
+
+def test_two_ranks_take_the_steps_of_one(two_ranks: TwoRanks) -> None:
+    for rank in two_ranks.ranks:
+        torch.testing.assert_close(rank["trained"], two_ranks.alone["trained"], rtol=0, atol=1e-12)
+
+
+def test_ranks_are_equal_bit_for_bit(two_ranks: TwoRanks) -> None:
+    for stage in ("trained", "continued"):
+        torch.testing.assert_close(two_ranks.ranks[0][stage], two_ranks.ranks[1][stage], rtol=0, atol=0)
+
+
+def test_loss_and_norm_are_those_of_the_whole_batch_on_every_rank(two_ranks: TwoRanks) -> None:
+    assert two_ranks.ranks[0]["stats"] == two_ranks.ranks[1]["stats"]
+    for (loss, norm), (alone_loss, alone_norm) in zip(two_ranks.ranks[0]["stats"], two_ranks.alone["stats"], strict=True):
+        assert loss == pytest.approx(alone_loss, rel=1e-6)
+        assert norm == pytest.approx(alone_norm, rel=1e-6)
+
+
+def test_two_ranks_continue_from_the_state_of_one(two_ranks: TwoRanks) -> None:
+    for rank in two_ranks.ranks:
+        torch.testing.assert_close(rank["loaded"], two_ranks.alone["trained"], rtol=0, atol=0)
+        torch.testing.assert_close(rank["continued"], two_ranks.alone["continued"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", ["bad matrix", "bad embedding"])
+def test_a_bad_gradient_on_one_rank_stops_the_step_on_both(two_ranks: TwoRanks, bad: str) -> None:
+    for rank in two_ranks.ranks:
+        finite, after = rank[bad]
+        assert not finite
+        torch.testing.assert_close(after["model"], rank["continued"]["model"], rtol=0, atol=0)
+        assert all(value.isfinite().all() for state in after["optimizer"].values() for value in state.values())

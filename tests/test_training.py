@@ -1,0 +1,563 @@
+"""Training: what a step does and reports, what warm-up leaves behind, every way to stop, and going on from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import forked
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, ROOT, Ended, Finished, clean_environment, tiny_arguments
+
+import train_gpt
+
+Start = Callable[..., train_gpt.Config]
+RunHere = Callable[..., Ended]
+
+# A script that is train_gpt.py with something added; it can import it because it says where it is.
+DRIVER = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import train_gpt
+real_step, real_save, calls = train_gpt.training_step, train_gpt.torch.save, []
+{patch}
+if __name__ == "__main__":
+    sys.exit(train_gpt.main(sys.argv[1:]))
+"""
+SLOW_STEPS = """
+def slow_step(*args):
+    time.sleep(0.05)
+    return real_step(*args)
+train_gpt.training_step = slow_step
+"""
+KILLED_IN_THE_SECOND_CHECKPOINT = """
+def half_a_save(content, file):
+    calls.append(content["step"])
+    if len(calls) == 1:
+        return real_save(content, file)
+    file.write(b"half of a checkpoint" * 1000)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+train_gpt.torch.save = half_a_save
+"""
+RANK_1_FAILS_IN_STEP_3 = """
+def failing_step(*args):
+    calls.append(args)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise RuntimeError("rank 1 has had enough")
+    return real_step(*args)
+train_gpt.training_step = failing_step
+"""
+
+
+def driver(folder: Path, patch: str) -> Path:
+    """Writes DRIVER with `patch` into `folder` and returns its path."""
+    path = folder / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT), patch=patch), encoding="utf-8")
+    return path
+
+
+def new_trainer(config: train_gpt.Config, folder: Path, validate: Callable[..., train_gpt.Score] | None = None) -> train_gpt.Trainer:
+    """Returns a trainer as `run_stages` makes it, whose run folder is `folder`."""
+    world = train_gpt.World("cpu")
+    torch.manual_seed(config.seed)
+    model = train_gpt.GPT(config)
+    model.init_weights()
+    folder.mkdir(exist_ok=True)
+    run = train_gpt.Run(config, world, train_gpt.Log(folder), folder, train_gpt.StopSignals())
+    return train_gpt.Trainer(run, model, train_gpt.TrainLoader(config), validate or (lambda forward: train_gpt.Score(1.0, 1.0, 0.0, 1, 1)))
+
+
+def assert_same_checkpoint(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Weights, optimiser state, data order and step are the same, bit for bit."""
+    assert one["step"] == other["step"] and one["finished"] == other["finished"]
+    assert one["state"]["loader"] == other["state"]["loader"]
+    assert one["state"]["model"].keys() == other["state"]["model"].keys() == one["state"]["optimizer"].keys() == other["state"]["optimizer"].keys()
+    for name, weight in one["state"]["model"].items():
+        assert torch.equal(weight, other["state"]["model"][name]), name
+        for key, value in one["state"]["optimizer"][name].items():
+            assert torch.equal(value, other["state"]["optimizer"][name][key]), f"{name} {key}"
+
+
+def scores_of(run: Finished) -> dict[str, tuple[float, float]]:
+    """The scores of a run, without the seconds that they took."""
+    return {name: (score["val_loss"], score["val_bpb"]) for name, score in run.result()["scores"].items()}
+
+
+def patch_step(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Makes every training step call `before` with its number, counted from 1 (warm-up counts too)."""
+    real, calls = train_gpt.training_step, []
+
+    def step(*args: Any) -> train_gpt.StepStats:
+        calls.append(args)
+        before(len(calls))
+        return real(*args)
+
+    monkeypatch.setattr(train_gpt, "training_step", step)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def test_training_learns_more_than_how_often_each_token_occurs(reference: Finished, corpus: Path) -> None:
+    losses = [event["train_loss"] for event in reference.events("step")]
+    assert losses[0] == pytest.approx(math.log(384), abs=0.05), "an untrained model gives every token nearly the same probability"
+    tokens = np.concatenate([train_gpt.read_shard(path) for path in sorted(corpus.glob("*_train_*.bin"))])
+    share = np.bincount(tokens) / len(tokens)
+    unigram_entropy = -sum(p * math.log(p) for p in share if p)
+    assert losses[-1] < unigram_entropy - 1, "a model that ignores the context cannot do better than the entropy of single tokens"
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [32, 96, 256])
+def test_the_reported_loss_is_the_average_over_the_batch(tiny: Start, tmp_path: Path, micro_batch_tokens: int) -> None:
+    trainer = new_trainer(tiny(MICRO_BATCH_TOKENS=micro_batch_tokens), tmp_path / "run")
+    phase = trainer.schedule.plain
+    rows = train_gpt.TrainLoader(trainer.run.config).next_rows(8, 32, trainer.run.world)
+    with torch.no_grad():
+        expected = trainer.state.model(rows[:, :-1], rows[:, 1:], phase).double().mean()
+    stats = train_gpt.training_step(trainer.forward, trainer.state.optimizer, trainer.state.loader, train_gpt.Knobs(phase, 1.0, 0.9))
+    assert float(stats.loss) == pytest.approx(float(expected), rel=3e-7), "float32 sums"
+    assert trainer.state.loader.state["row"] == 8, "one step takes one batch"
+
+
+def test_two_ranks_train_the_weights_that_one_rank_trains(reference: Finished, two_ranks: Finished) -> None:
+    one, two = reference.checkpoint(), two_ranks.checkpoint()
+    assert one["state"]["loader"] == two["state"]["loader"] and one["step"] == two["step"] == REFERENCE["ITERATIONS"]
+    for name, weight in one["state"]["model"].items():
+        # Sums of gradients in another order: measured 1e-5 after 12 steps at most, where one step moves weights by up to 0.05.
+        torch.testing.assert_close(two["state"]["model"][name], weight, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+    losses = [[event["train_loss"] for event in run.events("step")] for run in (reference, two_ranks)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    results = [run.result() for run in (reference, two_ranks)]
+    assert [result["world_size"] for result in results] == [1, 2]
+    assert results[1]["pre_quant_val_bpb"] == pytest.approx(results[0]["pre_quant_val_bpb"], abs=1e-6)
+    # A weight that close to the middle between two points of the grid may be rounded to the other one: measured 4e-6.
+    # (That the number of ranks does not change the score of one artifact is in test_evaluation.py, to 1e-9.)
+    assert results[1]["val_bpb"] == pytest.approx(results[0]["val_bpb"], abs=2e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warm-up
+
+
+def test_warm_up_leaves_no_trace(tiny: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(tiny(WARMUP_STEPS=2, TRAIN_SEQ_LEN=64), tmp_path / "run")
+    state, knobs = trainer.state, train_gpt.Knobs(trainer.schedule.quantised, 1.0, 0.9)
+    for _ in range(2):  # so that there is something in every state to be disturbed
+        train_gpt.training_step(trainer.forward, state.optimizer, state.loader, knobs)
+
+    def everything() -> list[torch.Tensor]:
+        held = [value for group in state.optimizer.groups for value in group.state.values()]
+        moments = [tensor for value in held for tensor in (value if isinstance(value, list) else [value])]
+        return [tensor.detach().clone() for tensor in (*state.model.parameters(), *moments)]
+
+    before, place = everything(), dict(state.loader.state)
+    phases: list[train_gpt.Phase] = []
+    real = train_gpt.training_step
+
+    def counted(*args: Any) -> train_gpt.StepStats:
+        phases.append(args[3].phase)
+        return real(*args)
+
+    monkeypatch.setattr(train_gpt, "training_step", counted)
+    train_gpt.warm_up(trainer.run, trainer.forward, state, trainer.schedule)
+    assert phases == [trainer.schedule.plain] * 2 + [trainer.schedule.quantised] * 2, "every phase runs"
+    assert all(tensor.count_nonzero() for tensor in before), "the comparison below sees states that steps have filled"
+    assert all(torch.equal(one, other) for one, other in zip(before, everything(), strict=True))
+    assert state.loader.state == place
+
+
+def test_training_after_a_warm_up_ends_where_training_without_one_ends(tiny: Start, tmp_path: Path) -> None:
+    ended = []
+    for steps in (0, 3):
+        trainer = new_trainer(tiny(WARMUP_STEPS=steps, ITERATIONS=4, QAT_START_FRAC=0.5), tmp_path / f"run{steps}")
+        trainer.train()
+        ended.append(train_gpt.read_checkpoint(tmp_path / f"run{steps}" / "checkpoint.pt"))
+    assert_same_checkpoint(*ended)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The clock
+
+
+class FakeTime:
+    """Stands in for the `time` module: a step of training takes `step_seconds` and does nothing, and nothing else takes any time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step_seconds: float) -> None:
+        self.now = 1000.0
+
+        def step(*args: Any) -> train_gpt.StepStats:
+            self.now += step_seconds
+            return train_gpt.StepStats(torch.tensor(1.0), torch.tensor(1.0))
+
+        monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: self.now, time=time.time))
+        monkeypatch.setattr(train_gpt, "training_step", step)
+
+
+@pytest.mark.parametrize("val_loss_every", [0, 3])
+@pytest.mark.parametrize("step_seconds", [0.25, 1.0])
+def test_training_stops_just_before_the_wall_clock_limit_and_validation_is_not_counted(
+    tiny: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_seconds: float, val_loss_every: int
+) -> None:
+    clock = FakeTime(monkeypatch, step_seconds)
+    validated: list[float] = []
+
+    def validate(forward: Callable[..., Any]) -> train_gpt.Score:
+        validated.append(clock.now)
+        clock.now += 1000
+        return train_gpt.Score(1.0, 1.0, 1000.0, 1, 1)
+
+    # The limit is a whole number of steps, and warm-up would use it up.
+    config = tiny(MAX_WALLCLOCK_SECONDS=20 * step_seconds, ITERATIONS=1000, VAL_LOSS_EVERY=val_loss_every, WARMUP_STEPS=30)
+    trained = new_trainer(config, tmp_path / "run", validate).train()
+    assert trained.seconds == trained.steps * step_seconds, "the clock counts training steps and nothing else"
+    assert 20 - train_gpt.STEPS_IN_FLIGHT <= trained.steps < 20
+    assert len(validated) == 1 + (trained.steps // val_loss_every if val_loss_every else 0)
+    saved = train_gpt.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert saved["finished"] and saved["seconds"] == trained.seconds, "a run that used its time up is finished"
+
+
+def test_the_schedule_follows_the_wall_clock(tiny: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeTime(monkeypatch, 1.0)
+    config = tiny(MAX_WALLCLOCK_SECONDS=20, ITERATIONS=1000, WARMDOWN_FRAC=0.5, QAT_START_FRAC=0.6)
+    new_trainer(config, tmp_path / "run").train()
+    events = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+    scales = [event["lr_scale"] for event in events if event["event"] == "step"]
+    # The clock that a step sees is one step old: step n (from 1) sees n - 2 seconds.
+    assert scales == pytest.approx([min((20 - max(step - 2, 0)) / 10, 1.0) for step in range(1, len(scales) + 1)])
+    assert [(event["step"], event["qat"]) for event in events if event["event"] == "phase"] == [(0, False), (13, True)]
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_logged_step_times_are_those_of_the_steps(tiny: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int) -> None:
+    FakeTime(monkeypatch, 0.5)
+    new_trainer(tiny(TRAIN_LOG_EVERY=log_every, VAL_LOSS_EVERY=4), tmp_path / "run").train()
+    events = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == [step for step in range(1, 9) if step in (1, 8) or step % log_every == 0]
+    assert [event["step_ms"] for event in steps] == pytest.approx([500.0] * len(steps))
+    assert [event["tokens_per_second"] for event in steps] == pytest.approx([512.0] * len(steps))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Divergence
+
+
+def plant_nan(monkeypatch: pytest.MonkeyPatch, at_step: int, on_the_way: Callable[[], None] = lambda: None) -> None:
+    """Makes the loss of one training step NaN."""
+    real, calls = train_gpt.training_step, []
+
+    def step(forward: Callable[..., torch.Tensor], *args: Any) -> train_gpt.StepStats:
+        calls.append(args)
+        if len(calls) == at_step:
+            on_the_way()
+            return real(lambda *rows: forward(*rows) * math.nan, *args)
+        return real(forward, *args)
+
+    monkeypatch.setattr(train_gpt, "training_step", step)
+
+
+# At 4, the step that diverges is the one that a checkpoint was to follow; at 8, the last one.
+@pytest.mark.parametrize("at_step", [3, 4, 8])
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    checkpoint, seen = tmp_path / "runs" / "run" / "checkpoint.pt", []
+    plant_nan(monkeypatch, at_step, lambda: seen.append(checkpoint.read_bytes()))
+    ended = run_here(tmp_path, WARMUP_STEPS=0, CHECKPOINT_EVERY=2)
+    assert ended.code == 1
+    assert f"error: step {at_step}: loss nan" in ended.errors and "Traceback" not in ended.errors
+    assert checkpoint.read_bytes() == seen[0]
+    assert train_gpt.read_checkpoint(checkpoint)["step"] == (at_step - 1) // 2 * 2
+    assert not (checkpoint.parent / "artifact.bin").exists() and not (checkpoint.parent / "result.json").exists()
+
+
+@pytest.mark.parametrize("at_step", [1, 3, 8])
+def test_a_nan_loss_before_any_checkpoint_saves_weights_to_go_on_from(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    with monkeypatch.context() as patched:
+        plant_nan(patched, at_step)
+        ended = run_here(tmp_path, WARMUP_STEPS=0)
+    assert ended.code == 1 and f"step {at_step}: loss nan" in ended.errors
+    saved = train_gpt.read_checkpoint(tmp_path / "runs" / "run" / "checkpoint.pt")
+    assert not saved["finished"]
+    assert all(weight.isfinite().all() for weight in saved["state"]["model"].values())
+    assert all(value.isfinite().all() for moments in saved["state"]["optimizer"].values() for value in moments.values())
+    # The place in the data and the step count are of one moment; a step takes 8 rows.
+    loader = train_gpt.TrainLoader(train_gpt.parse_config([f"{name}={value}" for name, value in saved_settings(saved).items()], {}))
+    for _ in range(saved["step"]):
+        loader.next_rows(8, 32, train_gpt.World("cpu"))
+    assert saved["state"]["loader"] == loader.state
+    resumed = run_here(tmp_path, RESUME=1, WARMUP_STEPS=0, STAGES="train")
+    assert resumed.code == 0, resumed.errors
+    assert train_gpt.read_checkpoint(tmp_path / "runs" / "run" / "checkpoint.pt")["step"] == 8
+
+
+def saved_settings(saved: dict[str, Any]) -> dict[str, str]:
+    """The settings of a checkpoint as arguments."""
+    return {name.upper(): train_gpt.format_value(value) for name, value in saved["settings"].items()}
+
+
+def test_the_step_with_a_nan_loss_is_not_applied(tiny: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(tiny(), tmp_path / "run")
+    before = [parameter.detach().clone() for parameter in trainer.state.model.parameters()]
+    plant_nan(monkeypatch, 1)
+    knobs = train_gpt.Knobs(trainer.schedule.plain, 1.0, 0.9)
+    train_gpt.training_step(trainer.forward, trainer.state.optimizer, trainer.state.loader, knobs)
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.state.model.parameters(), strict=True))
+
+
+def test_a_learning_rate_that_blows_the_weights_up_ends_in_one_clear_error(run_here: RunHere, tmp_path: Path) -> None:
+    ended = run_here(tmp_path, TIED_EMBED_LR=3e38, ITERATIONS=40)
+    assert ended.code == 1 and "gradient norm" in ended.errors and "lower learning rate" in ended.errors and "Traceback" not in ended.errors
+    assert "last good state" in ended.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def wait_for_a_step_after_the_checkpoint(folder: Path, ranks: forked.Ranks) -> None:
+    """Returns as soon as the run has a checkpoint and has logged a later step."""
+    deadline = time.monotonic() + 60
+    log = folder / "run.jsonl"
+    while time.monotonic() < deadline and any(process.is_alive() for process in ranks.processes):
+        if (folder / "checkpoint.pt").exists():
+            steps = [event["step"] for event in map(json.loads, log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()) if event["event"] == "step"]
+            if steps and steps[-1] > 3:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"the run did not come to step 4:\n{ranks.output.read_text(encoding='utf-8')}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    launch: Callable[..., forked.Ranks], run_here: RunHere, reference: Finished, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, scores = tmp_path / "runs" / "run", tmp_path / "scores.npy"
+    command = [f"@{folder / 'config.env'}", "RESUME=1"]
+    started = launch(tmp_path, script=driver(tmp_path, SLOW_STEPS), **REFERENCE, CHECKPOINT_EVERY=3)
+    wait_for_a_step_after_the_checkpoint(folder, started)
+    assert started.processes[0].pid is not None
+    os.kill(started.processes[0].pid, number)
+    outcome = started.finish()
+    saved = train_gpt.read_checkpoint(folder / "checkpoint.pt")
+    assert not saved["finished"] and saved["step"] < REFERENCE["ITERATIONS"] and not (folder / "result.json").exists()
+    if number == signal.SIGKILL:
+        assert outcome.codes == [-9] and saved["step"] % 3 == 0
+    else:
+        assert outcome.codes == [128 + number], outcome.output
+        assert f"stopped by {number.name} after step {saved['step']}; continue with: python train_gpt.py {' '.join(command)}\n" in outcome.output
+        assert saved["step"] > 3, "a checkpoint of the step that was running"
+    resumed = run_here(tmp_path, *command, f"SCORES_FILE={scores}")
+    assert resumed.code == 0, resumed.errors
+    assert f"resumed after step {saved['step']}" in resumed.output
+    assert_same_checkpoint(train_gpt.read_checkpoint(folder / "checkpoint.pt"), reference.checkpoint())
+    assert scores_of(Finished(folder, scores, resumed.output)) == scores_of(reference)
+    assert scores.read_bytes() == reference.scores.read_bytes()
+    assert (folder / "artifact.bin").read_bytes() == (reference.folder / "artifact.bin").read_bytes()
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    launch: Callable[..., forked.Ranks], run_here: RunHere, reference: Finished, tmp_path: Path
+) -> None:
+    outcome = launch(tmp_path, script=driver(tmp_path, KILLED_IN_THE_SECOND_CHECKPOINT), **REFERENCE, CHECKPOINT_EVERY=3).finish()
+    assert outcome.codes == [-9], outcome.output
+    checkpoint = tmp_path / "runs" / "run" / "checkpoint.pt"
+    assert train_gpt.read_checkpoint(checkpoint)["step"] == 3
+    assert run_here(tmp_path, **REFERENCE, RESUME=1, STAGES="train").code == 0
+    assert_same_checkpoint(train_gpt.read_checkpoint(checkpoint), reference.checkpoint())
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_and_they_go_on_together(launch: Callable[..., forked.Ranks], two_ranks: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    started = launch(tmp_path, ranks=2, script=driver(tmp_path, SLOW_STEPS), **REFERENCE, CHECKPOINT_EVERY=3)
+    wait_for_a_step_after_the_checkpoint(folder, started)
+    assert started.processes[1].pid is not None
+    os.kill(started.processes[1].pid, signal.SIGTERM)
+    outcome = started.finish()
+    assert outcome.codes == [143, 143], outcome.output
+    assert 3 < train_gpt.read_checkpoint(folder / "checkpoint.pt")["step"] < REFERENCE["ITERATIONS"]
+    outcome = launch(tmp_path, ranks=2, **REFERENCE, RESUME=1, STAGES="train").finish()
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same_checkpoint(train_gpt.read_checkpoint(folder / "checkpoint.pt"), two_ranks.checkpoint())
+
+
+@pytest.mark.parametrize("at_step", [1, 7, 8])
+def test_a_signal_during_any_step_stops_the_run_with_a_checkpoint(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    patch_step(monkeypatch, lambda number: os.kill(os.getpid(), signal.SIGTERM) if number == at_step else None)
+    ended = run_here(tmp_path, WARMUP_STEPS=0)
+    assert ended.code == 143 and "stopped by SIGTERM" in ended.output
+    assert not (tmp_path / "runs" / "run" / "artifact.bin").exists()
+    assert at_step <= train_gpt.read_checkpoint(tmp_path / "runs" / "run" / "checkpoint.pt")["step"] <= at_step + 1
+
+
+@pytest.mark.parametrize("function", ["warm_up", "build_artifact", "score_windows"])
+def test_a_signal_outside_training_exits_at_once(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the run went on after the signal")
+
+    monkeypatch.setattr(train_gpt, function, interrupted)
+    ended = run_here(tmp_path, ITERATIONS=1)
+    assert ended.code == 130, ended.errors
+    if function != "warm_up":
+        assert train_gpt.read_checkpoint(tmp_path / "runs" / "run" / "checkpoint.pt")["finished"], "trained weights are saved before anything else"
+
+
+def test_a_finished_run_is_resumed_without_training(run_here: RunHere, reference: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    folder = runs / "run"
+    subprocess.run(["cp", "-r", reference.folder, folder], check=True)
+    monkeypatch.setattr(train_gpt, "training_step", None)  # training would fail
+    ended = run_here(tmp_path, **REFERENCE, RESUME=1, SCORES_FILE=tmp_path / "scores.npy")
+    assert ended.code == 0, ended.errors
+    again = Finished(folder, tmp_path / "scores.npy", ended.output)
+    without_times = [{key: value for key, value in run.result().items() if key not in ("scores", "eval_seconds")} for run in (reference, again)]
+    assert without_times[0] == without_times[1] and scores_of(again) == scores_of(reference)
+    assert (folder / "checkpoint.pt").read_bytes() == (reference.folder / "checkpoint.pt").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be resumed
+
+
+def copied(reference: Finished, tmp_path: Path) -> Path:
+    """Returns the checkpoint of a copy of the reference run in tmp_path/runs/run."""
+    (tmp_path / "runs").mkdir()
+    subprocess.run(["cp", "-r", reference.folder, tmp_path / "runs" / "run"], check=True)
+    return tmp_path / "runs" / "run" / "checkpoint.pt"
+
+
+def test_other_settings_are_listed_and_refused(run_here: RunHere, reference: Finished, tmp_path: Path) -> None:
+    checkpoint = copied(reference, tmp_path)
+    before = checkpoint.read_bytes()
+    ended = run_here(tmp_path, **REFERENCE, RESUME=1, SEED=7, MATRIX_LR=0.5, EVAL_STRIDE=8, TRAIN_LOG_EVERY=3)
+    assert ended.code == 1
+    assert "SEED: checkpoint 1337, now 7" in ended.errors and "MATRIX_LR: checkpoint 0.04, now 0.5" in ended.errors
+    assert ended.errors.count(": checkpoint ") == 2, "EVAL_STRIDE and TRAIN_LOG_EVERY do not reach the weights"
+    assert checkpoint.read_bytes() == before
+
+
+def test_every_setting_that_reaches_the_weights_must_stay(reference: Finished, tiny: Start) -> None:
+    config = tiny(**REFERENCE)
+    for name, declared in train_gpt.SETTINGS.items():
+        saved = {**{name.lower(): getattr(config, name.lower()) for name in train_gpt.SETTINGS}, declared.name: "something else"}
+        if declared.name in train_gpt.FREE_ON_RESUME:
+            train_gpt.check_same_settings(saved, config)
+        else:
+            with pytest.raises(ValueError, match=f"{name}: checkpoint 'something else'"):
+                train_gpt.check_same_settings(saved, config)
+
+
+def test_resume_needs_a_run_to_resume(run_here: RunHere, tmp_path: Path) -> None:
+    ended = run_here(tmp_path, RUN_ID="missing", RESUME=1)
+    assert ended.code == 1 and "RESUME=1: there is no run" in ended.errors and "missing" in ended.errors and "Traceback" not in ended.errors
+    assert not (tmp_path / "runs" / "missing").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gpt, "warm_up", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_here(tmp_path, ITERATIONS=2).code == 143
+    ended = run_here(tmp_path, ITERATIONS=2, RESUME=1, STAGES="train")
+    assert ended.code == 0 and "no checkpoint yet: training starts from step 0" in ended.output
+
+
+class Stranger:
+    """An object whose unpickling would run code."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.flag,)
+
+
+def test_a_checkpoint_is_read_without_running_code(tmp_path: Path, reference: Finished) -> None:
+    torch.load(reference.folder / "checkpoint.pt", weights_only=True)
+    torch.save({"version": Stranger(tmp_path / "executed")}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        train_gpt.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"version": 1}, {"version": 2}, {"version": 1, "settings": {}, "step": 1, "seconds": 1.0, "finished": True}, [1], None, torch.zeros(3), 7],
+    ids=["empty", "version alone", "later version", "no state", "list", "none", "tensor", "number"],
+)
+def test_a_foreign_checkpoint_is_refused_with_its_name(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: not a checkpoint of this script") as caught:
+        train_gpt.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_checkpoint_is_refused_with_its_name(tmp_path: Path, reference: Finished) -> None:
+    whole, path = (reference.folder / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    for length in (0, 1, 3, 30, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: .*damaged") as caught:
+            train_gpt.read_checkpoint(path)
+        assert "\n" not in str(caught.value), length
+    path.write_bytes(b"this is not a checkpoint\n" * 100)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: .*damaged"):
+        train_gpt.read_checkpoint(path)
+
+
+def test_a_checkpoint_with_one_altered_bit_is_refused(tmp_path: Path, reference: Finished) -> None:
+    path = tmp_path / "checkpoint.pt"
+    with zipfile.ZipFile(reference.folder / "checkpoint.pt") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content = archive.read(largest)
+    damaged = bytearray((reference.folder / "checkpoint.pt").read_bytes())
+    damaged[damaged.index(content) + len(content) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        train_gpt.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""], ids=["half", "empty"])
+def test_a_run_with_a_damaged_checkpoint_ends_in_one_line(run_here: RunHere, reference: Finished, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    checkpoint = copied(reference, tmp_path)
+    damaged = damage(checkpoint.read_bytes())
+    checkpoint.write_bytes(damaged)
+    ended = run_here(tmp_path, **REFERENCE, RESUME=1)
+    assert ended.code == 1 and ended.errors.startswith(f"error: {checkpoint}") and len(ended.errors.splitlines()) == 1
+    assert checkpoint.read_bytes() == damaged, "it is left for its owner to look at"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks that fail
+
+
+def test_a_rank_that_fails_takes_the_run_down_with_its_message(corpus: Path, tiny: Start, tmp_path: Path) -> None:
+    script = driver(tmp_path, RANK_1_FAILS_IN_STEP_3)
+    arguments = tiny_arguments(corpus, tiny().vocab_size, RUNS_DIR=tmp_path / "runs", RUN_ID="run", ITERATIONS=10**6, WARMUP_STEPS=0)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    began = time.monotonic()
+    ended = subprocess.run([*launcher, *arguments], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and time.monotonic() - began < 60
+    assert "rank 1: Traceback" in ended.stderr and "RuntimeError: rank 1 has had enough" in ended.stderr
+
+
+def test_ranks_that_cannot_share_a_batch_evenly_say_so(tiny: Start) -> None:
+    with pytest.raises(ValueError, match="TRAIN_BATCH_TOKENS=256 is 8 rows of 32 tokens, which 3 ranks cannot share evenly"):
+        train_gpt.rows_per_forward(tiny(), 32, 3)
+
+
+@pytest.mark.parametrize(("micro_batch_tokens", "ranks", "rows"), [(256, 1, 8), (255, 1, 4), (96, 1, 2), (32, 1, 1), (256, 2, 4), (32, 8, 1)])
+def test_a_micro_batch_is_the_largest_that_fits_and_divides_the_share_of_a_rank(tiny: Start, micro_batch_tokens: int, ranks: int, rows: int) -> None:
+    assert train_gpt.rows_per_forward(tiny(MICRO_BATCH_TOKENS=micro_batch_tokens), 32, ranks) == rows
