@@ -584,10 +584,15 @@ LOG_LINES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "note": lambda e: e["text"],
     "export": export_line,
     "eval": lambda e: f"{e['name']} evaluation of the artifact: val_loss {e['val_loss']:.4f}  val_bpb {e['val_bpb']:.4f}  ({e['seconds']:.1f} s)",
-    "result": lambda e: (
-        f"val_bpb {e['val_bpb']:.4f}  bytes {e['bytes_total']:,} of {e['bytes_cap']:,}  train {e['train_seconds']:.1f} s  eval {e['eval_seconds']:.1f} s"
-        if e["val_bpb"] is not None
-        else "done: " + " ".join(f"{key}={e[key]}" for key in ("steps", "pre_quant_val_bpb", "bytes_total") if e[key] is not None)
+    "result": lambda e: "  ".join(
+        text.format(**e)
+        for key, text in (
+            ("val_bpb", "val_bpb {val_bpb:.4f}"),
+            ("bytes_total", "bytes {bytes_total:,} of {bytes_cap:,}"),
+            ("train_seconds", "train {train_seconds:.1f} s"),
+            ("eval_seconds", "eval {eval_seconds:.1f} s"),
+        )
+        if e[key] is not None  # a stage that did not run has nothing to say
     ),
 }
 
@@ -1412,7 +1417,7 @@ class Optimizer:
 # Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
 # evaluation only the callback `validate`.
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION, DIGEST_BYTES = 1, 16
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
 
@@ -1466,11 +1471,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"version {saved['version']}, expected {CHECKPOINT_VERSION}")
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no settings")
+        version, digest = saved["version"], saved.pop("digest")
+        if version != CHECKPOINT_VERSION:
+            raise ValueError(f"version {version}, this script reads version {CHECKPOINT_VERSION}")
+        if digest != content_digest(saved):
+            raise ValueError("its content does not match its digest")
     except Exception as error:  # torch.load raises a different type for every kind of damage
-        raise ValueError(f"{path}: not a checkpoint of this script, or damaged ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a checkpoint of this script, or damaged ({reason})") from None
     return saved
+
+
+def content_digest(content: Any) -> str:
+    """Returns a digest of nested dictionaries of tensors and plain values."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                digest.update(repr(key).encode())
+                add(entry)
+        elif isinstance(value, Tensor):
+            digest.update(value.contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, *, finished: bool) -> None:
@@ -1479,7 +1508,7 @@ def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, 
     if run.world.is_main:
         content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), "step": step, "seconds": seconds, "finished": finished, "state": saved}
         with atomic_file(run.folder / "checkpoint.pt") as file:
-            torch.save(content, file)
+            torch.save({**content, "digest": content_digest(content)}, file)
 
 
 def check_same_settings(saved: Mapping[str, Any], config: Config) -> None:
@@ -1575,7 +1604,7 @@ class Trainer:
         self.step = 0
         self.clock = Clock()
         self.logged = (0, 0.0)  # step and seconds of the last log line
-        self.in_flight: tuple[int, HostCopy, Knobs] | None = None
+        self.in_flight: tuple[int, float, HostCopy, Knobs] | None = None  # step, seconds when it was queued, its numbers, its knobs
 
     def train(self) -> Trained:
         """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
@@ -1585,13 +1614,13 @@ class Trainer:
             warm_up(self.run, self.forward, self.state, self.schedule)
             signals.deferred = True
             try:
-                stopped = self.loop()
+                finished = self.loop()
             except Diverged:
                 self.keep_last_good_state()
                 raise
-            write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=not stopped)
+            write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=finished)
             signals.deferred = False
-            if stopped:
+            if any(world.gather_objects(signals.received is not None)):
                 number = signals.received or signal.SIGTERM
                 self.run.log.note(f"stopped by {number.name} after step {self.step}; continue with: python train_gpt.py @{self.run.folder}/config.env RESUME=1")
                 raise SystemExit(128 + number)
@@ -1600,7 +1629,7 @@ class Trainer:
         return Trained(self.step, self.clock.seconds(), self.validate())
 
     def loop(self) -> bool:
-        """Runs steps until the end; returns whether a signal ended it early."""
+        """Runs steps until the end, or until a signal; returns whether it was the end."""
         config, world = self.run.config, self.run.world
         link = ControlLink(world, Control(self.clock.seconds(), stop=False))
         phase: Phase | None = None
@@ -1619,7 +1648,9 @@ class Trainer:
             stats = training_step(self.forward, self.state.optimizer, self.state.loader, knobs)
             self.step += 1
             self.report()
-            self.in_flight = (self.step, HostCopy(stats), knobs)
+            self.in_flight = (self.step, self.clock.seconds(), HostCopy(stats), knobs)
+            if world.device.type != "cuda":
+                self.report()  # nothing is in flight on a device that computes at once
             if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 self.report()
                 write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
@@ -1629,17 +1660,17 @@ class Trainer:
         self.report()
         synchronise(world)
         self.clock.pause()
-        return control.stop
+        return late or self.step == config.iterations
 
     def report(self) -> None:
         """Reads the numbers of the step in flight, if any, and logs them when their turn has come. Raises Diverged when they are not finite."""
         if self.in_flight is None:
             return
-        (step, numbers, knobs), self.in_flight = self.in_flight, None
+        (step, seconds, numbers, knobs), self.in_flight = self.in_flight, None
         loss, grad_norm = numbers.read()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}; that step was not applied. Try a lower learning rate or GRAD_CLIP_NORM=1")
-        config, seconds = self.run.config, self.clock.seconds()
+        config = self.run.config
         steps, elapsed = step - self.logged[0], seconds - self.logged[1]
         remaining = (config.iterations - step) * seconds / step
         if config.max_wallclock_seconds:
@@ -1687,7 +1718,7 @@ class Trainer:
         path = self.run.folder / "checkpoint.pt"
         finite = all(bool(parameter.isfinite().all()) for parameter in self.state.model.parameters())
         if self.run.world.from_main(not path.exists()) and finite:
-            write_checkpoint(self.run, self.state, self.step - 1, self.clock.seconds(), finished=False)
+            write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
         self.run.log.note(f"last good state: {path if path.exists() else 'none (the weights are not finite)'}")
 
 
@@ -1697,7 +1728,7 @@ class Trainer:
 # Owns the file that is scored, its reader, and the size of the packed script. Layout: magic, version, header length, header (JSON: model
 # settings, scheme, coder, per role its bits and coded bytes), coded roles, digest of all before. Nothing in it is executed.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION, DIGEST_BYTES = b"PGOLF", 1, 16
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 16, 1 << 31
 
 
@@ -1714,8 +1745,9 @@ def decompress(data: bytes, coder: str, size: int) -> bytes:
             raw = stream.decompress(data, size + 1)
             whole = stream.eof and not stream.unused_data
         else:
-            whole = zstandard.frame_content_size(data) == size
-            raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size) if whole else b""
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            raw = frame.decompress(data) if zstandard.frame_content_size(data) == size else b""
+            whole = frame.eof and not frame.unused_data
     except (zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"its {coder} data is damaged ({error})") from None
     if not whole or len(raw) != size:
@@ -1791,7 +1823,17 @@ def artifact_header(data: bytes, source: str) -> tuple[dict[str, Any], int]:
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     if length > MAX_HEADER_BYTES or hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
         raise ValueError(f"{source}: altered or truncated: the digest at its end does not match; copy it again from its run folder")
-    return json.loads(body[fixed : fixed + length]), fixed + length
+    try:
+        header = json.loads(body[fixed : fixed + length])
+        if set(header["settings"]) != set(MODEL_SETTINGS) or set(header) != {"settings", "scheme", "coder", "roles"}:
+            raise ValueError("its entries are not those that this version writes")
+        for name in ("coder", "scheme"):
+            known = SETTINGS["CODER" if name == "coder" else "QUANT_SCHEME"].metadata["choices"]
+            if header[name] not in known:
+                raise ValueError(f"{name} {header[name]!r} is not one of {' '.join(known)}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{source}: not a valid artifact: its header cannot be read ({error})") from None
+    return header, fixed + length
 
 
 def with_model_settings(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -1811,6 +1853,8 @@ def read_artifact(data: bytes, config: Config, source: str) -> GPT:
         config = with_model_settings(config, header["settings"])
         with torch.device("meta"):
             groups = parameters_by_role(GPT(config))
+        if set(header["roles"]) != {role.value for role in groups}:
+            raise ValueError(f"it holds the roles {' '.join(header['roles'])}, and not those of its model")
         weights: dict[str, Tensor] = {}
         for role, parameters in groups.items():
             bits, coded = header["roles"][role.value]["bits"], header["roles"][role.value]["bytes"]
@@ -1991,16 +2035,14 @@ def open_folder(config: Config, world: World) -> Path:
     problem = ""
     if world.is_main:
         try:
-            if config.resume:
-                if not (folder / "config.env").is_file():
-                    problem = f"RESUME=1: there is no run {folder}; start it without RESUME"
-            else:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
+            if config.resume and not (folder / "config.env").is_file():
+                problem = f"RESUME=1: there is no run {folder}; start it without RESUME"
+            elif not config.resume and folder.exists():
+                problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
+            elif not config.resume:
+                folder.mkdir(parents=True)
                 shutil.copyfile(__file__, folder / "train_gpt.py")
                 atomic_write(folder / "config.env", config_lines(config).encode())
-        except FileExistsError:
-            problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
         except OSError as error:
             problem = f"RUNS_DIR={config.runs_dir}: cannot write there ({error}); choose another place with RUNS_DIR="
     problem = world.from_main(problem)

@@ -142,7 +142,8 @@ def test_rows_of_zeros_and_of_tiny_weights_are_stored() -> None:
         model.blocks[0].mlp.up.weight[0] = 0
         model.blocks[0].mlp.up.weight[1] *= 1e-30
     restored = train_gpt.read_artifact(train_gpt.build_artifact(model, config)[0], config, NAME)
-    assert restored.blocks[0].mlp.up.weight[:2].count_nonzero() == 0
+    assert restored.blocks[0].mlp.up.weight[0].count_nonzero() == 0
+    assert restored.blocks[0].mlp.up.weight[1].abs().max() < 1e-29
     torch.testing.assert_close(restored.blocks[0].mlp.up.weight[2:], model.blocks[0].mlp.up.weight[2:], rtol=0, atol=0.02)
 
 
@@ -183,7 +184,7 @@ def test_the_sizes_of_a_run_are_those_of_its_files(reference: Finished) -> None:
 
 # The content before the coder, because zlib and zstd may code the same content in other bytes in another version. To change it on purpose:
 # take the new digest from this test's failure, and say in the commit message why artifacts written before cannot be read any more.
-GOLDEN = {"embed": "67f676d74efb27e7", "head": "0523081c18359368", "matrix": "432e5e2c3175b406", "gain": "5937a89249844bab"}
+GOLDEN = {"embed": "1b656660ad9ecfce", "head": "b26e2ed8c9993a90", "matrix": "d6e4b3dbaf3fda30", "gain": "5937a89249844bab"}
 
 
 def golden_model(config: train_gpt.Config) -> train_gpt.GPT:
