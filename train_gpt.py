@@ -199,10 +199,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The whole path on a laptop CPU, on the bundled text.
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
-        "num_layers": 4, "model_dim": 192, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "compile": False,
-        "train_seq_len": 256, "train_batch_tokens": 8192, "micro_batch_tokens": 8192, "val_batch_size": 16384,
-        "iterations": 900, "max_wallclock_seconds": 210.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.6,
-        "muon_momentum_warmup_steps": 100, "checkpoint_every": 100, "val_loss_every": 300, "train_log_every": 50, "qat_start_frac": 0.8,
+        "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "compile": False,
+        "train_seq_len": 128, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384, "eval_stride": 32,
+        "iterations": 920, "max_wallclock_seconds": 210.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
+        "muon_momentum_warmup_steps": 100, "checkpoint_every": 100, "val_loss_every": 460, "train_log_every": 50, "qat_start_frac": 0.8,
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU.
@@ -320,6 +320,7 @@ def validate(config: Config) -> list[str]:
     stages = ["train", "export", "eval"]
     known = [stage for stage in stages if stage in c.stage_list]
     require(c.stage_list == known, f"STAGES={c.stages}: expected some of train,export,eval, each once, in this order")
+    require(known != ["train", "eval"], "STAGES=train,eval would score something else than what it trained: the score is the artifact's; add export")
     require("train" in known or "export" not in known or c.checkpoint != "" or c.resume, "STAGES without train: name what to export with CHECKPOINT=path")
     require("export" in known or "eval" not in known or c.artifact != "", "STAGES without export: name what to score with ARTIFACT=path")
     require("train" not in known or c.checkpoint == "", "CHECKPOINT is what STAGES without train exports; to continue a run use RESUME=1 RUN_ID=name")
@@ -384,7 +385,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class World:
-    """The ranks of this run: the only place that reads the launcher's variables or calls a process group."""
+    """The ranks of this run: the only place that calls a process group."""
 
     def __init__(self, device: str) -> None:
         """Joins the process group that `torchrun` announces, if any. `device` is a DEVICE setting."""
@@ -1459,7 +1460,7 @@ class TrainingState(NamedTuple):
 def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
     """Copies `weights` into the model's parameters; both must have the same names and shapes."""
     parameters = dict(model.named_parameters())
-    assert set(parameters) == set(weights), set(parameters) ^ set(weights)
+    assert {name: p.shape for name, p in parameters.items()} == {name: w.shape for name, w in weights.items()}, "weights of another model"
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -1479,7 +1480,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if digest != content_digest(saved):
             raise ValueError("its content does not match its digest")
     except Exception as error:  # torch.load raises a different type for every kind of damage
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(f"{path}: not a checkpoint of this script, or damaged ({reason})") from None
     return saved
 
@@ -1745,9 +1746,8 @@ def decompress(data: bytes, coder: str, size: int) -> bytes:
             raw = stream.decompress(data, size + 1)
             whole = stream.eof and not stream.unused_data
         else:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            raw = frame.decompress(data) if zstandard.frame_content_size(data) == size else b""
-            whole = frame.eof and not frame.unused_data
+            whole = zstandard.frame_content_size(data) == size
+            raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False) if whole else b""
     except (zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"its {coder} data is damaged ({error})") from None
     if not whole or len(raw) != size:
@@ -1937,7 +1937,7 @@ def score_windows(run: Run, forward: Callable[..., Tensor], val: ValData, stride
     config, world = run.config, run.world
     plan = plan_windows(len(val.tokens) - 1, config.window, stride)
     mine = plan[len(plan) * world.rank // world.size : len(plan) * (world.rank + 1) // world.size]
-    batch = max(config.val_batch_size // (config.window * world.size), 1)
+    batch = max(min(config.val_batch_size // (config.window * world.size), len(mine)), 1)
     phase = replace(Schedule(config).scored_phase, seq_len=config.window)
     scores, began = [np.empty(0, dtype=np.float32)], time.perf_counter()
     for index in range(0, len(mine), batch):
@@ -2039,10 +2039,11 @@ def open_folder(config: Config, world: World) -> Path:
                 problem = f"RESUME=1: there is no run {folder}; start it without RESUME"
             elif not config.resume and folder.exists():
                 problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
-            elif not config.resume:
-                folder.mkdir(parents=True)
-                shutil.copyfile(__file__, folder / "train_gpt.py")
-                atomic_write(folder / "config.env", config_lines(config).encode())
+            else:
+                if not config.resume:
+                    folder.mkdir(parents=True)
+                    shutil.copyfile(__file__, folder / "train_gpt.py")
+                atomic_write(folder / "config.env", config_lines(replace(config, resume=False)).encode())
         except OSError as error:
             problem = f"RUNS_DIR={config.runs_dir}: cannot write there ({error}); choose another place with RUNS_DIR="
     problem = world.from_main(problem)
@@ -2075,8 +2076,12 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     if "export" not in stages and "eval" in stages:
         artifact = Path(config.artifact).read_bytes()
         config = with_model_settings(config, artifact_header(artifact, config.artifact)[0]["settings"])
-    rows_per_forward(config, config.train_seq_len, world.size)
-    loader = TrainLoader(config) if "train" in stages else None
+    if config.scores_file and not Path(config.scores_file).parent.is_dir():
+        raise ValueError(f"SCORES_FILE={config.scores_file}: there is no folder {Path(config.scores_file).parent}; make it first")
+    loader = None
+    if "train" in stages:
+        rows_per_forward(config, config.train_seq_len, world.size)
+        loader = TrainLoader(config)
     val = load_val(config) if stages != ["export"] else None
 
     torch.manual_seed(config.seed)
@@ -2124,7 +2129,7 @@ def result_event(
     final = scores.get(config.final_eval)
     step_seconds = trained.seconds / trained.steps if trained else None
     model_bytes = sizes.get("bytes_model", artifact_bytes or None)
-    code = sizes.get("bytes_code", code_bytes(source))
+    code = sizes["bytes_code"] if sizes else code_bytes(source)
     return {
         "run_id": config.run_id, "preset": config.preset, "seed": config.seed, "world_size": world.size, "device": world.device.type,
         "torch": torch.__version__, "params": sum(parameter.numel() for parameter in model.parameters()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -369,9 +370,15 @@ def zlib_bomb(size: int) -> bytes:
     return first + again * ((size >> 20) - 1) + coder.flush()
 
 
+@functools.cache
+def coded_zeros(size: int, write_content_size: bool) -> bytes:
+    """Returns `size` zeros coded by zstd."""
+    return zstandard.ZstdCompressor(write_content_size=write_content_size).compress(bytes(size))
+
+
 def zstd_bomb(size: int, promised: int) -> bytes:
     """Returns `size` zeros coded by zstd, whose frame promises `promised` bytes; 0 = says nothing."""
-    coded = zstandard.ZstdCompressor(write_content_size=bool(promised)).compress(bytes(size))
+    coded = coded_zeros(size, bool(promised))
     if not promised:
         return coded
     frame = bytearray(coded)  # magic, descriptor, window, four bytes of content size: zstd's format, section 3.1.1.1
@@ -403,6 +410,26 @@ def test_a_role_that_would_unpack_to_more_than_it_should_is_refused_without_unpa
     refused_without_unpacking(seal(header, blobs), "bytes that its settings ask for|damaged")
 
 
+@pytest.mark.parametrize("promised", [1 << 10, 1 << 17, 1 << 20, 10_000_000])  # the last is more than zstd's window
+def test_zstd_data_that_lies_about_its_size_takes_no_more_memory_than_it_promises(promised: int) -> None:
+    bomb = zstd_bomb(1 << 28, promised)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="zstd data"):
+            train_gpt.decompress(bomb, "zstd", promised)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * promised + 1_000_000
+
+
+def parameters_on_no_device(settings: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """Returns the parameters of a model by role, without memory for them."""
+    with torch.device("meta"):
+        groups = train_gpt.parameters_by_role(train_gpt.GPT(artifact_config(**settings)))
+    return {role.value: list(parameters.values()) for role, parameters in groups.items()}
+
+
 def test_an_artifact_of_a_model_that_no_machine_holds_is_refused_without_unpacking_it() -> None:
     """Its settings, sizes and data agree with each other."""
     header, blobs = parse(build(artifact_config())[1])
@@ -414,13 +441,6 @@ def test_an_artifact_of_a_model_that_no_machine_holds_is_refused_without_unpacki
     for role, blob in zip(("embed", "matrix"), blobs, strict=False):
         header["roles"][role]["bytes"] = len(blob)
     refused_without_unpacking(seal(header, blobs), "role matrix asks for 8 bits")
-
-
-def parameters_on_no_device(settings: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
-    """Returns the parameters of a model by role, without memory for them."""
-    with torch.device("meta"):
-        groups = train_gpt.parameters_by_role(train_gpt.GPT(artifact_config(**settings)))
-    return {role.value: list(parameters.values()) for role, parameters in groups.items()}
 
 
 def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

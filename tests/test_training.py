@@ -137,15 +137,15 @@ def test_two_ranks_train_the_weights_that_one_rank_trains(reference: Finished, t
     one, two = reference.checkpoint(), two_ranks.checkpoint()
     assert one["state"]["loader"] == two["state"]["loader"] and one["step"] == two["step"] == REFERENCE["ITERATIONS"]
     for name, weight in one["state"]["model"].items():
-        # Sums of gradients in another order: measured 1e-5 after 12 steps at most, where one step moves weights by up to 0.05.
-        torch.testing.assert_close(two["state"]["model"][name], weight, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # Sums of gradients in another order, and Muon makes small singular values large: measured 3e-5 after 12 steps, of weights up to 1.6.
+        torch.testing.assert_close(two["state"]["model"][name], weight, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     losses = [[event["train_loss"] for event in run.events("step")] for run in (reference, two_ranks)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     results = [run.result() for run in (reference, two_ranks)]
     assert [result["world_size"] for result in results] == [1, 2]
     assert results[1]["pre_quant_val_bpb"] == pytest.approx(results[0]["pre_quant_val_bpb"], abs=1e-6)
-    # A weight that close to the middle between two points of the grid may be rounded to the other one: measured 4e-6.
-    # (That the number of ranks does not change the score of one artifact is in test_evaluation.py, to 1e-9.)
+    # A weight that close to the middle between two points of the grid may be rounded to the other one: measured 4e-6. Before rounding: measured 3e-7.
+    # (That the number of ranks does not change the score of one artifact is in test_evaluation.py, to 1e-7.)
     assert results[1]["val_bpb"] == pytest.approx(results[0]["val_bpb"], abs=2e-5)
 
 
@@ -495,8 +495,8 @@ def test_a_checkpoint_is_read_without_running_code(tmp_path: Path, reference: Fi
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"version": 1}, {"version": 2}, {"version": 1, "settings": {}, "step": 1, "seconds": 1.0, "finished": True}, [1], None, torch.zeros(3), 7],
-    ids=["empty", "version alone", "later version", "no state", "list", "none", "tensor", "number"],
+    [{}, {"version": 1}, {"version": 2}, {"version": 1, "settings": {}, "step": 1, "seconds": 1.0, "finished": True}, [1], None, "text", 7],
+    ids=["empty", "version alone", "later version", "no state", "list", "none", "text", "number"],
 )
 def test_a_foreign_checkpoint_is_refused_with_its_name(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
