@@ -179,14 +179,14 @@ class Config:
 
 # Settings that rebuild the model: they travel inside the artifact and the checkpoint.
 MODEL_SETTINGS = (
-    *("vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings"),
-    *("rope_base", "rope_dims", "logit_softcap", "doc_mask", "matrix_bits", "embed_bits"),
-)
+    "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings",
+    "rope_base", "rope_dims", "logit_softcap", "doc_mask", "train_seq_len", "matrix_bits", "embed_bits",
+)  # fmt: skip
 # Settings that may differ between a run and its continuation: they do not reach the trained weights.
 FREE_ON_RESUME = (
-    *("run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env"),
-    *("quant_scheme", "coder", "bytes_cap", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "scores_file"),
-)
+    "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env",
+    "quant_scheme", "coder", "bytes_cap", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "scores_file",
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -200,7 +200,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "compile": False,
-        "train_seq_len": 128, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384, "eval_stride": 32,
+        "train_seq_len": 128, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
         "iterations": 920, "max_wallclock_seconds": 210.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
         "muon_momentum_warmup_steps": 100, "checkpoint_every": 100, "val_loss_every": 460, "train_log_every": 50, "qat_start_frac": 0.8,
     },
@@ -210,7 +210,7 @@ TINY: dict[str, Any] = {
     "num_layers": 3, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "compile": False,
     "train_seq_len": 64, "train_batch_tokens": 1024, "micro_batch_tokens": 1024, "val_batch_size": 4096, "eval_stride": 32,
     "iterations": 30, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 10,
-    "muon_momentum_warmup_steps": 10,
+    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6,
 }
 
 SETTINGS = {setting_field.name.upper(): setting_field for setting_field in fields(Config)}
@@ -333,11 +333,11 @@ def validate(config: Config) -> list[str]:
     require(c.mlp_dim >= 1, f"MLP_MULT={c.mlp_mult} leaves no hidden width at MODEL_DIM={c.model_dim}")
     require(c.bos_id < c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}")
     require(
-        c.train_batch_tokens % c.train_seq_len == 0,
+        "train" not in known or c.train_batch_tokens % c.train_seq_len == 0,
         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     )
     require(
-        c.micro_batch_tokens >= c.train_seq_len,
+        "train" not in known or c.micro_batch_tokens >= c.train_seq_len,
         f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}",
     )
     require(not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0")
@@ -636,13 +636,14 @@ class Log:
 
 
 class Run(NamedTuple):
-    """What every stage needs: settings, ranks, log, the run folder, and signals."""
+    """What every stage needs."""
 
     config: Config
     world: World
     log: Log
     folder: Path
     signals: StopSignals
+    source: str  # of this script, as it was when the run started
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -1137,6 +1138,12 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         x = x + self.attention_scale.to(x.dtype) * self.attention(rms_norm(x), rows, phase, adapters)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x), phase, adapters)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Returns the dtype of activations."""
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return automatic if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
 
 
 class GPT(nn.Module):
@@ -1650,13 +1657,13 @@ class Trainer:
             self.step += 1
             self.report()
             self.in_flight = (self.step, self.clock.seconds(), HostCopy(stats), knobs)
-            if world.device.type != "cuda":
-                self.report()  # nothing is in flight on a device that computes at once
-            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                self.report()
+            checkpoint_due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+            validation_due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step < config.iterations
+            if world.device.type != "cuda" or checkpoint_due or validation_due:
+                self.report()  # only a GPU has reason to work on while the host reads
+            if checkpoint_due:
                 write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
-            if config.val_loss_every and self.step % config.val_loss_every == 0 and self.step < config.iterations:
-                self.report()
+            if validation_due:
                 self.validate()
         self.report()
         synchronise(world)
@@ -1846,8 +1853,8 @@ def with_model_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return merged
 
 
-def read_artifact(data: bytes, config: Config, source: str) -> GPT:
-    """Returns the model that an artifact holds, on the CPU. Raises ValueError on anything that is not a whole, unaltered artifact."""
+def read_artifact(data: bytes, config: Config, source: str, device: torch.device | str = "cpu") -> GPT:
+    """Returns the model that an artifact holds, on `device`. Raises ValueError on anything that is not a whole, unaltered artifact."""
     header, offset = artifact_header(data, source)
     try:
         config = with_model_settings(config, header["settings"])
@@ -1868,7 +1875,7 @@ def read_artifact(data: bytes, config: Config, source: str) -> GPT:
             raise ValueError(f"it holds {len(data) - DIGEST_BYTES - offset} bytes that no role claims")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: not a valid artifact: {error}") from None
-    model = GPT(config, compute_dtype(config, torch.device("cpu")))
+    model = GPT(config, compute_dtype(config, torch.device(device))).to(device)
     load_weights(model, weights)
     return model
 
@@ -1907,7 +1914,7 @@ def export(run: Run, model: GPT) -> dict[str, Any]:
         began = time.perf_counter()
         data, table = build_artifact(model, run.config)
         atomic_write(run.folder / "artifact.bin", data)
-        code = code_bytes(Path(__file__).read_text(encoding="utf-8"))
+        code = code_bytes(run.source)
         sizes = {"bytes_model": len(data), "bytes_code": code, "bytes_total": len(data) + code, "bytes_cap": run.config.bytes_cap}
         event = {**sizes, "roles": table, "seconds": time.perf_counter() - began}
         run.log.event("export", **event)
@@ -1980,12 +1987,6 @@ H100_PEAK_FLOPS = 989e12
 PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, from its log
 
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Returns the dtype of activations."""
-    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return automatic if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
-
-
 def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     """Returns what a configuration costs, without allocating it: parameters, layer orders, FLOPs, predicted bytes, time."""
     with torch.device("meta"):
@@ -2029,7 +2030,7 @@ def plan_text(planned: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def open_folder(config: Config, world: World) -> Path:
+def open_folder(config: Config, world: World, source: str) -> Path:
     """Returns the run folder, made (or, with RESUME, found) by rank 0. Raises ValueError on every rank when it cannot be used."""
     folder = Path(config.runs_dir) / config.run_id
     problem = ""
@@ -2042,7 +2043,7 @@ def open_folder(config: Config, world: World) -> Path:
             else:
                 if not config.resume:
                     folder.mkdir(parents=True)
-                    shutil.copyfile(__file__, folder / "train_gpt.py")
+                    atomic_write(folder / "train_gpt.py", source.encode())
                 atomic_write(folder / "config.env", config_lines(replace(config, resume=False)).encode())
         except OSError as error:
             problem = f"RUNS_DIR={config.runs_dir}: cannot write there ({error}); choose another place with RUNS_DIR="
@@ -2064,36 +2065,59 @@ def environment_event(world: World, source: str, model: GPT) -> dict[str, Any]:
     }
 
 
+def stage_inputs(config: Config) -> tuple[Config, dict[str, Any] | None, bytes]:
+    """Returns what the first stage reads, where that is not data: the checkpoint to export, the artifact to score; and `config` with its model settings."""
+    stages, checkpoint, artifact = config.stage_list, None, b""
+    if "train" not in stages and "export" in stages:
+        checkpoint = read_checkpoint(Path(config.checkpoint or Path(config.runs_dir) / config.run_id / "checkpoint.pt"))
+        config = with_model_settings(config, checkpoint["settings"])
+    if stages == ["eval"]:
+        artifact = Path(config.artifact).read_bytes()
+        config = with_model_settings(config, artifact_header(artifact, config.artifact)[0]["settings"])
+    if config.scores_file and not Path(config.scores_file).parent.is_dir():
+        raise ValueError(f"SCORES_FILE={config.scores_file}: there is no folder {Path(config.scores_file).parent}; make it first")
+    return config, checkpoint, artifact
+
+
+def open_run(config: Config, world: World, signals: StopSignals, source: str, model: GPT) -> Run:
+    """Returns the run with its folder and log open, after logging the settings and the environment."""
+    folder = open_folder(config, world, source)
+    run = Run(config, world, Log(folder if world.is_main else None), folder, signals, source)
+    settings = {name: getattr(config, name.lower()) for name in SETTINGS}
+    changed = {name: format_value(value) for name, value in settings.items() if value != getattr(Config, name.lower())}
+    run.log.event("config", run_id=config.run_id, preset=config.preset, changed=changed, settings=settings)
+    run.log.event("env", **environment_event(world, source, model))
+    return run
+
+
+def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
+    """Returns the scores of the model read back from `artifact`, by evaluation: chunked, and FINAL_EVAL."""
+    config = run.config
+    model = read_artifact(artifact, config, config.artifact or str(run.folder / "artifact.bin"), run.world.device)
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
+    scores = {}
+    for name in dict.fromkeys(("chunked", config.final_eval)):
+        scores[name] = evaluate(run, forward, val, name, config.scores_file if name == config.final_eval else "")
+        run.log.event("eval", name=name, **scores[name]._asdict())
+    return scores
+
+
 def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     """Trains, exports, reads the artifact back and scores it, as STAGES says; returns the exit code."""
     stages, source = config.stage_list, Path(__file__).read_text(encoding="utf-8")
     if not config.run_id:
         config = replace(config, run_id=world.from_main(f"{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"))
-    checkpoint, artifact = None, b""
-    if "train" not in stages and "export" in stages:
-        checkpoint = read_checkpoint(Path(config.checkpoint or Path(config.runs_dir) / config.run_id / "checkpoint.pt"))
-        config = with_model_settings(config, checkpoint["settings"])
-    if "export" not in stages and "eval" in stages:
-        artifact = Path(config.artifact).read_bytes()
-        config = with_model_settings(config, artifact_header(artifact, config.artifact)[0]["settings"])
-    if config.scores_file and not Path(config.scores_file).parent.is_dir():
-        raise ValueError(f"SCORES_FILE={config.scores_file}: there is no folder {Path(config.scores_file).parent}; make it first")
+    config, checkpoint, artifact = stage_inputs(config)
     loader = None
     if "train" in stages:
-        rows_per_forward(config, config.train_seq_len, world.size)
+        rows_per_forward(config, config.train_seq_len, world.size)  # refuses a batch that the ranks cannot share
         loader = TrainLoader(config)
     val = load_val(config) if stages != ["export"] else None
 
     torch.manual_seed(config.seed)
     model = GPT(config, compute_dtype(config, world.device)).to(world.device)
-    if checkpoint is None and not artifact:
-        model.init_weights()
-    folder = open_folder(config, world)
-    run = Run(config, world, Log(folder if world.is_main else None), folder, signals)
-    changed = {name: format_value(getattr(config, name.lower())) for name in SETTINGS if getattr(config, name.lower()) != getattr(Config, name.lower())}
-    run.log.event("config", run_id=config.run_id, preset=config.preset, changed=changed, settings={name: getattr(config, name.lower()) for name in SETTINGS})
-    run.log.event("env", **environment_event(world, source, model))
-
+    model.init_weights()
+    run = open_run(config, world, signals, source, model)
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}
@@ -2104,32 +2128,27 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
             load_weights(model, checkpoint["state"]["model"])
         if "export" in stages:
             sizes = export(run, model)
-            artifact = world.from_main((folder / "artifact.bin").read_bytes() if world.is_main else b"")
+            artifact = world.from_main((run.folder / "artifact.bin").read_bytes() if world.is_main else b"")
         if "eval" in stages and val is not None:
-            scored = read_artifact(artifact, config, config.artifact or "artifact.bin").to(world.device)
-            scored.dtype = model.dtype
-            forward = torch.compile(scored, fullgraph=True, dynamic=False) if config.compile else scored
-            for name in dict.fromkeys(("chunked", config.final_eval)):
-                scores[name] = evaluate(run, forward, val, name, config.scores_file if name == config.final_eval else "")
-                run.log.event("eval", name=name, **scores[name]._asdict())
-        result = result_event(run, trained, sizes, scores, len(artifact), source, model)
+            scores = score_artifact(run, artifact, val)
+        result = result_event(run, trained, sizes, scores, len(artifact), model)
         run.log.event("result", **result)
         if world.is_main:
-            atomic_write(folder / "result.json", json.dumps(result, indent=1).encode())
+            atomic_write(run.folder / "result.json", json.dumps(result, indent=1).encode())
     finally:
         run.log.close()
     return 3 if sizes.get("bytes_total", 0) > config.bytes_cap else 0
 
 
 def result_event(
-    run: Run, trained: Trained | None, sizes: Mapping[str, Any], scores: Mapping[str, Score], artifact_bytes: int, source: str, model: GPT
+    run: Run, trained: Trained | None, sizes: Mapping[str, Any], scores: Mapping[str, Score], artifact_bytes: int, model: GPT
 ) -> dict[str, Any]:
     """Returns the content of `result.json`; what a run without that stage cannot know is null."""
     config, world = run.config, run.world
     final = scores.get(config.final_eval)
     step_seconds = trained.seconds / trained.steps if trained else None
     model_bytes = sizes.get("bytes_model", artifact_bytes or None)
-    code = sizes["bytes_code"] if sizes else code_bytes(source)
+    code = sizes["bytes_code"] if sizes else code_bytes(run.source)
     return {
         "run_id": config.run_id, "preset": config.preset, "seed": config.seed, "world_size": world.size, "device": world.device.type,
         "torch": torch.__version__, "params": sum(parameter.numel() for parameter in model.parameters()),

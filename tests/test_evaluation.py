@@ -29,7 +29,7 @@ def new_run(config: train_gpt.Config, folder: Path, rank: int = 0, ranks: int = 
     """Returns what an evaluation needs, as one of `ranks` ranks that nobody else belongs to."""
     world = train_gpt.World("cpu")
     world.rank, world.size = rank, ranks
-    return train_gpt.Run(config, world, train_gpt.Log(None), folder, train_gpt.StopSignals())
+    return train_gpt.Run(config, world, train_gpt.Log(None), folder, train_gpt.StopSignals(), source="")
 
 
 def score(config: train_gpt.Config, model: Model, val: train_gpt.ValData, stride: int) -> np.ndarray:

@@ -124,7 +124,7 @@ def test_the_score_is_that_of_the_artifact_whatever_was_trained(run_here: RunHer
     assert ended.code == 0, ended.errors
     result = Finished(tmp_path / "runs" / "run", Path(), "").result()
     world = train_gpt.World("cpu")
-    run = train_gpt.Run(config, world, train_gpt.Log(None), tmp_path, train_gpt.StopSignals())
+    run = train_gpt.Run(config, world, train_gpt.Log(None), tmp_path, train_gpt.StopSignals(), source="")
     model = train_gpt.read_artifact((tmp_path / "runs" / "run" / "artifact.bin").read_bytes(), config, "artifact.bin")
     expected = train_gpt.evaluate(run, model, train_gpt.load_val(config), "sliding")
     assert (result["val_loss"], result["val_bpb"]) == (expected.val_loss, expected.val_bpb)

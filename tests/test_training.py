@@ -76,7 +76,7 @@ def new_trainer(config: train_gpt.Config, folder: Path, validate: Callable[..., 
     model = train_gpt.GPT(config)
     model.init_weights()
     folder.mkdir(exist_ok=True)
-    run = train_gpt.Run(config, world, train_gpt.Log(folder), folder, train_gpt.StopSignals())
+    run = train_gpt.Run(config, world, train_gpt.Log(folder), folder, train_gpt.StopSignals(), source="")
     return train_gpt.Trainer(run, model, train_gpt.TrainLoader(config), validate or (lambda forward: train_gpt.Score(1.0, 1.0, 0.0, 1, 1)))
 
 
