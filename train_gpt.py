@@ -1576,13 +1576,14 @@ def warm_up(run: Run, forward: Callable[..., Tensor], state: TrainingState, sche
         return
     began = time.perf_counter()
     before = state.save()
-    for phase in schedule.phases():
+    phases = schedule.phases()
+    for number, phase in enumerate(phases, 1):
         for step in range(steps):
+            run.log.progress(f"warm-up step {step + 1} of {steps}, phase {number} of {len(phases)}")
             training_step(forward, state.optimizer, state.loader, Knobs(phase, 1.0, run.config.muon_momentum))
-            run.log.progress(f"warm-up {step + 1}/{steps} of phase {phase}")
     state.load(before)
     synchronise(run.world)
-    run.log.note(f"warm-up: {steps} steps of each of {len(schedule.phases())} phases in {time.perf_counter() - began:.1f} s, then undone")
+    run.log.note(f"warm-up: steps {steps}, phases {len(phases)}, {time.perf_counter() - began:.1f} s, then undone")
 
 
 def synchronise(world: World) -> None:
