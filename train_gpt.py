@@ -727,7 +727,10 @@ class TrainLoader:
         return self.starts
 
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
-        """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64 on the rank's device."""
+        """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64 on the rank's device.
+
+        A change of `seq_len` cuts the current shard anew and starts it again.
+        """
         state = self.state
         if seq_len != state["seq_len"]:
             state.update(row=0, seq_len=seq_len)
