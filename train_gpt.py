@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
@@ -97,11 +98,39 @@ class Config:
     model_dim: int = setting(512, "width of the residual stream", low=2, high=16384)
     num_heads: int = setting(8, "query heads", low=1, high=1024)
     num_kv_heads: int = setting(4, "key/value heads; divides NUM_HEADS", low=1, high=1024)
-    mlp_mult: float = setting(2.0, "MLP width as a multiple of MODEL_DIM", low=0.01, high=64)
+    mlp_mult: float = setting(2.0, "MLP width as a multiple of MODEL_DIM (SwiGLU: two thirds of it, for the same number of weights)", low=0.01, high=64)
+    leaky_relu_slope: float = setting(0.0, "MLP: slope of the squared leaky relu below zero; 0 = relu^2", low=0, high=1)
+    swiglu: bool = setting(False, "MLP: SwiGLU instead of the squared relu")
     tie_embeddings: bool = setting(True, "the output head is the embedding")
+    embed_rank: int = setting(0, "embedding as the product of a table of this width and a matrix; 0 = one full table", low=0)
+    input_stages: str = setting("bigram,smear,norm", "order of what happens to the embedded tokens before the first block")
+    use_smeargate: bool = setting(False, "SmearGate: let some of the previous token's embedding into each token's")
+    smeargate_kind: str = setting("blend", "blend: k x + (1 - k) x_previous; add: x + l sigmoid(W x[:GATE_WINDOW]) x_previous", choices=("blend", "add"))
+    smeargate_init: float = setting(3.0, "SmearGate blend: k starts at the sigmoid of this")
+    bigram_hash_buckets: int = setting(0, "BigramHash: rows of the table of hashed token pairs; 0 = off", low=0)
+    bigram_hash_dim: int = setting(128, "BigramHash: width of the table", low=1)
+    bigram_hash_scale: float = setting(0.0, "BigramHash: start of a learned factor; 0 = no such factor", low=0)
+    value_embed_layers: str = setting("", "layers whose values get a token embedding added, as 9,10; empty = none")
+    value_embed_dim: int = setting(128, "width of that embedding's table", low=1)
     rope_base: float = setting(10000.0, "RoPE: longest wavelength is 2 pi times this, in tokens", low=1)
     rope_dims: int = setting(0, "RoPE: rotated dimensions of each head; 0 = all", low=0)
+    rope_scaling: str = setting("none", "RoPE in rows longer than TRAIN_SEQ_LEN", choices=("none", "ntk", "yarn"))
+    xsa_last_n: int = setting(0, "exclusive self-attention in this many last layers", low=0)
+    attention_gate_window: int = setting(0, "attention gate per head, from this many dimensions of the layer's input; MODEL_DIM = dense, 0 = off", low=0)
+    attention_gate_scale: float = setting(0.5, "attention gate: sigmoid(this * W x)", low=0)
+    gate_window: int = setting(12, "SmearGate add: dimensions of x that the gate reads", low=1)
+    ln_scale: bool = setting(False, "scale the normed inputs of layer l by 1 / sqrt(l + 1)")
+    skip_connections: str = setting("scaled", "U-Net skips from the first half of the executed layers to the second", choices=("none", "scaled", "gated"))
+    parallel_residuals: str = setting("none", "gptj = attention and MLP read the same input; lanes = each its own", choices=("none", "gptj", "lanes"))
+    parallel_start_layer: int = setting(0, "first layer of PARALLEL_RESIDUALS", low=0)
+    parallel_final_lane: str = setting("mean", "what leaves the last block of two lanes", choices=("mean", "attention", "mlp"))
+    num_loops: int = setting(0, "depth recurrence: run layers LOOP_START to LOOP_END this many times more", low=0, high=64)
+    loop_start: int = setting(0, "first looped layer", low=0)
+    loop_end: int = setting(0, "last looped layer", low=0)
+    enable_looping_at: float = setting(0.0, "fraction of the run after which the loops run", low=0, high=0.999)
+    loop_embedding: bool = setting(False, "tell a block which pass this is, by a learned vector per pass")
     logit_softcap: float = setting(30.0, "logits become c * tanh(logits / c)", low=1e-3)
+    logit_softcap_negative: float = setting(0.0, "the same for negative logits; 0 = LOGIT_SOFTCAP", low=0)
     doc_mask: bool = setting(True, "attention sees only the token's own document")
     matrix_bits: int = setting(8, "bits per weight of block matrices and an untied head in the artifact", low=2, high=8)
     embed_bits: int = setting(8, "bits per weight of the embedding in the artifact", low=2, high=8)
@@ -111,15 +140,22 @@ class Config:
     qk_gain_init: float = setting(1.5, "initial per-head gain on the normalised queries", low=0)
     matrix_init: str = setting("orthogonal", "start of block matrices; output projections start at zero", choices=("orthogonal", "uniform"))
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding when tied (untied: 1)", low=0)
+    embed_init: str = setting("normal", "start of the embedding; overtone = with singular values that fall as k^-1/2", choices=("normal", "overtone"))
+    mix_init: str = setting("stream", "start of a block's mix; phase_transition = more embedding in early layers", choices=("stream", "phase_transition"))
     iterations: int = setting(20000, "most training steps", low=1)
     max_wallclock_seconds: float = setting(600.0, "training stops before this; compile, warm-up and validation are not counted; 0 = no limit", low=0)
     warmup_steps: int = setting(20, "steps run per phase before the clock starts, then undone", low=0)
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1)
     train_seq_len: int = setting(1024, "tokens per row", low=2)
     micro_batch_tokens: int = setting(65536, "most tokens per forward pass and rank; the rest of the batch is accumulated", low=1)
-    warmdown_iters: int = setting(1200, "steps of linear learning-rate decay at the end", low=0)
+    train_seq_schedule: str = setting("", "TRAIN_SEQ_LEN by progress, as 1024@0.1,2048@0.7,3072@1: each until that fraction of the run; empty = constant")
+    train_batch_schedule: str = setting("", "TRAIN_BATCH_TOKENS by progress, in the same form")
+    lr_warmup_steps: int = setting(0, "steps of linear learning-rate warm-up", low=0)
+    warmdown_iters: int = setting(1200, "steps of learning-rate decay at the end", low=0)
     warmdown_frac: float = setting(0.0, "the same as a fraction of the run; needs WARMDOWN_ITERS=0", low=0, high=1)
-    lr_floor_frac: float = setting(0.0, "where the decay ends, as a fraction of the full rate", low=0, high=1)
+    warmdown_ends: str = setting("1", "fractions of the run at which a decay of WARMDOWN_FRAC ends; several = WSD-S")
+    warmdown_shape: str = setting("linear", "of the decay; sqrt = 1 - sqrt(share done)", choices=("linear", "sqrt", "cosine"))
+    lr_floor_frac: float = setting(0.0, "least learning rate of a decay, as a fraction of the full rate", low=0, high=1)
     qat_start_frac: float = setting(1.0, "fraction of the run after which training sees quantised weights; 1 = never", low=0, high=1)
     matrix_lr: float = setting(0.04, "Muon: learning rate of block matrices", low=0)
     scalar_lr: float = setting(0.04, "Adam: of gains, scales and mixes", low=0)
@@ -131,12 +167,23 @@ class Config:
     muon_momentum_warmup_steps: int = setting(500, "Muon: steps until MUON_MOMENTUM is reached", low=0)
     muon_backend_steps: int = setting(5, "Muon: iterations of the orthogonalisation", low=1, high=5)
     muon_coefficients: str = setting("polar_express", "Muon: polynomials of the orthogonalisation", choices=("polar_express", "classic"))
+    muon_row_normalize: bool = setting(False, "Muon: bring the rows of the update to equal norm before it is orthogonalised (MuonEq-R)")
+    normuon_beta2: float = setting(0.0, "NorMuon: decay of the second moment of each row of the update; 0 = off", low=0, high=0.9999)
     muon_weight_decay: float = setting(0.0, "Muon: decoupled weight decay, times the learning rate", low=0)
-    adam_weight_decay: float = setting(0.0, "Adam: decoupled weight decay of embeddings and head, times the learning rate", low=0)
+    embed_weight_decay: float = setting(0.0, "Adam: the same of embeddings, tables and head", low=0)
+    scalar_weight_decay: float = setting(0.0, "Adam: the same of gains, scales and mixes", low=0)
+    cautious_weight_decay: bool = setting(False, "decay only weights that the update makes smaller too")
+    weight_decay_taper_frac: float = setting(1.0, "fraction of the run after which weight decay is multiplied by WEIGHT_DECAY_TAPER_SCALE", low=0, high=1)
+    weight_decay_taper_scale: float = setting(0.5, "see WEIGHT_DECAY_TAPER_FRAC", low=0, high=1)
     beta1: float = setting(0.9, "Adam: decay of the first moment", low=0, high=0.9999)
     beta2: float = setting(0.95, "Adam: decay of the second moment", low=0, high=0.99999)
     adam_eps: float = setting(1e-8, "Adam: added to the root of the second moment", low=1e-20)
     grad_clip_norm: float = setting(0.0, "largest norm of the averaged gradient; 0 = no clipping", low=0)
+    ema_decay: float = setting(0.0, "EMA: decay per step of the average of weights; 0 = off", low=0, high=0.99999)
+    lawa_k: int = setting(0, "LAWA: number of latest weights (of their EMA, if on) in the mean; 0 = off", low=0, high=100)
+    lawa_every: int = setting(100, "LAWA: steps between them", low=1)
+    swa_every: int = setting(0, "SWA: steps between the weights in the mean; 0 = off", low=0)
+    swa_start_lr_scale: float = setting(0.2, "SWA: begins when the learning rate is at most this fraction of its full value", low=0, high=1)
 
     # artifact
     quant_scheme: str = setting("rowmax", "how weights are put on the grid: rowmax = step from each row's absolute maximum", choices=("rowmax",))
@@ -159,7 +206,12 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         """Hidden width of the MLP."""
-        return int(self.mlp_mult * self.model_dim)
+        return int(self.mlp_mult * self.model_dim * (2 / 3 if self.swiglu else 1))
+
+    @property
+    def value_embed_layer_list(self) -> list[int]:
+        """VALUE_EMBED_LAYERS as a list."""
+        return [int(layer) for layer in self.value_embed_layers.split(",") if layer]
 
     @property
     def rotated_dims(self) -> int:
@@ -179,14 +231,34 @@ class Config:
 
 # Settings that rebuild the model: they travel inside the artifact and the checkpoint.
 MODEL_SETTINGS = (
-    "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings",
-    "rope_base", "rope_dims", "logit_softcap", "doc_mask", "train_seq_len", "matrix_bits", "embed_bits",
+    "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "swiglu", "tie_embeddings",
+    "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale",
+    "value_embed_layers", "value_embed_dim", "rope_base", "rope_dims", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
+    "ln_scale", "skip_connections", "parallel_residuals", "parallel_start_layer", "parallel_final_lane", "num_loops", "loop_start", "loop_end",
+    "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len", "matrix_bits", "embed_bits",
 )  # fmt: skip
 # Settings that may differ between a run and its continuation: they do not reach the trained weights.
 FREE_ON_RESUME = (
     "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env",
-    "quant_scheme", "coder", "bytes_cap", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "scores_file",
+    "quant_scheme", "coder", "bytes_cap", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "rope_scaling", "scores_file",
 )  # fmt: skip
+
+SP8192 = {"data_path": "data/datasets/fineweb10B_sp8192", "tokenizer_path": "data/tokenizers/fineweb_8192_bpe.model", "vocab_size": 8192}
+# What the later public systems share: 11 x 512 with exclusive self-attention, partial RoPE, scaled norms, and Muon with weight decay.
+LATE = {
+    **SP8192, "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 4.0, "leaky_relu_slope": 0.5, "rope_dims": 16,
+    "xsa_last_n": 11, "ln_scale": True, "skip_connections": "gated", "num_loops": 2, "loop_start": 3, "loop_end": 5, "enable_looping_at": 0.35,
+    "train_seq_len": 2048, "train_batch_tokens": 786432, "micro_batch_tokens": 98304, "tied_embed_lr": 0.03, "scalar_lr": 0.02,
+    "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "muon_row_normalize": True, "muon_weight_decay": 0.095,
+    "embed_weight_decay": 0.085, "scalar_weight_decay": 0.02, "grad_clip_norm": 0.3, "warmdown_iters": 0, "lr_floor_frac": 0.1, "ema_decay": 0.9965,
+    "matrix_bits": 6,
+}
+# The challenge's record of PR #1855, 1.0611 bpb.
+RECORD_1855 = {
+    **LATE, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,smear,norm", "attention_gate_window": 12, "qk_gain_init": 5.0,
+    "parallel_residuals": "lanes", "parallel_start_layer": 8, "matrix_lr": 0.026, "muon_momentum": 0.97, "beta2": 0.99, "warmdown_frac": 0.85,
+    "embed_bits": 7,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -196,6 +268,48 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 9, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 2.0, "vocab_size": 1024,
         "warmdown_iters": 1200, "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05, "final_eval": "chunked",
     },
+    # Three blocks run three times; every idea about training with few weights and about averaging them.
+    "recurrent": {
+        "num_layers": 3, "model_dim": 896, "num_heads": 14, "num_kv_heads": 7, "mlp_mult": 4.25, "num_loops": 2, "loop_start": 0, "loop_end": 2,
+        "loop_embedding": True, "embed_rank": 256, "use_smeargate": True, "input_stages": "smear,bigram,norm", "bigram_hash_buckets": 4096,
+        "matrix_lr": 0.02, "scalar_lr": 0.02, "tied_embed_lr": 0.03, "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500,
+        "muon_weight_decay": 0.04, "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7,
+        "warmdown_iters": 0, "warmdown_frac": 0.25, "warmdown_ends": "0.6,1", "ema_decay": 0.997, "lawa_k": 5, "lawa_every": 100,
+        "qat_start_frac": 0.85, "matrix_bits": 5, "embed_bits": 8, "coder": "zstd",
+    },
+    # The record of 2026-03-19, 1.1556 bpb.
+    "smeargate": {
+        "num_layers": 9, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "use_smeargate": True, "bigram_hash_buckets": 4096,
+        "input_stages": "bigram,smear,norm", "muon_coefficients": "classic", "matrix_lr": 0.02, "scalar_lr": 0.02, "tied_embed_lr": 0.03,
+        "muon_momentum": 0.99, "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "muon_weight_decay": 0.01,
+        "warmdown_iters": 3000, "qat_start_frac": 0.0, "matrix_bits": 6, "coder": "zstd",
+    },
+    # PR #1090: 80 minutes on one H100, 1.1573 bpb.
+    "xsa_swiglu_lora_ttt": {
+        "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "swiglu": True, "xsa_last_n": 4, "use_smeargate": True,
+        "smeargate_init": 0.0, "input_stages": "bigram,norm,smear", "bigram_hash_buckets": 4096, "bigram_hash_scale": 0.05,
+        "train_seq_len": 2048, "max_wallclock_seconds": 4850.0, "warmdown_iters": 3000, "muon_coefficients": "classic", "muon_weight_decay": 0.04,
+        "swa_every": 200, "swa_start_lr_scale": 0.999, "matrix_bits": 6, "coder": "zstd",
+    },
+    # PR #1809, 1.0800 bpb.
+    "sp8192_ttt": {
+        **LATE, "qk_gain_init": 5.25, "parallel_residuals": "gptj", "parallel_start_layer": 7, "matrix_lr": 0.022, "muon_momentum": 0.99,
+        "muon_backend_steps": 4, "warmdown_frac": 0.72,
+    },
+    # PR #1962, 1.0631 bpb: trained as PR #1855.
+    "adaptive_clip": RECORD_1855,
+    # PR #379, 1.1257 bpb.
+    "gptq_lite": {
+        "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "rope_dims": 16, "xsa_last_n": 4, "ln_scale": True,
+        "use_smeargate": True, "smeargate_init": 0.0, "input_stages": "bigram,norm,smear", "bigram_hash_buckets": 2048, "bigram_hash_scale": 0.05,
+        "value_embed_layers": "9,10", "train_seq_len": 2048, "train_batch_tokens": 786432, "micro_batch_tokens": 98304,
+        "muon_coefficients": "classic", "matrix_lr": 0.025, "scalar_lr": 0.025, "tied_embed_lr": 0.035, "muon_momentum": 0.99,
+        "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "muon_weight_decay": 0.04, "embed_weight_decay": 0.04,
+        "scalar_weight_decay": 0.04, "grad_clip_norm": 0.3, "warmdown_iters": 3000, "swa_every": 50, "qat_start_frac": 0.955, "matrix_bits": 6,
+        "coder": "zstd",
+    },
+    # PR #2014, 1.0576 bpb: PR #1855 with rows that grow.
+    "frontier": {**RECORD_1855, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1"},
     # The whole path on a laptop CPU, on the bundled text.
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
@@ -205,17 +319,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         "muon_momentum_warmup_steps": 100, "checkpoint_every": 100, "val_loss_every": 430, "train_log_every": 50, "qat_start_frac": 0.8,
     },
 }
-# SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU.
+# SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
+# something follow their preset.
 TINY: dict[str, Any] = {
     "num_layers": 3, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "compile": False,
     "train_seq_len": 64, "train_batch_tokens": 1024, "micro_batch_tokens": 1024, "val_batch_size": 4096, "eval_stride": 32,
     "iterations": 30, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 10,
-    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6,
+    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6, "lawa_every": 2, "gate_window": 8,
+}
+TINY_SHAPE: dict[str, Any] = {"num_layers": 4, "loop_start": 1, "loop_end": 1, "rope_dims": 8, "ema_decay": 0.8}
+TINY_OF_PRESET: dict[str, dict[str, Any]] = {
+    "recurrent": {"embed_rank": 32, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "warmdown_frac": 0.25, "ema_decay": 0.8},
+    "smeargate": {"bigram_hash_buckets": 256, "bigram_hash_dim": 16},
+    "xsa_swiglu_lora_ttt": {"xsa_last_n": 1, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "swa_every": 2},
+    "sp8192_ttt": {**TINY_SHAPE, "parallel_start_layer": 2},
+    "adaptive_clip": {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2},
+    "gptq_lite": {
+        "rope_dims": 8, "xsa_last_n": 1, "value_embed_layers": "1,2", "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16,
+        "swa_every": 2,
+    },
+    "frontier": {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"},
 }
 
 SETTINGS = {setting_field.name.upper(): setting_field for setting_field in fields(Config)}
+# Names that the public records use for what is set otherwise here.
+RENAMED = {
+    "ADAM_WD": "SCALAR_WEIGHT_DECAY", "BIGRAM_DIM": "BIGRAM_HASH_DIM", "BIGRAM_VOCAB_SIZE": "BIGRAM_HASH_BUCKETS", "EMA_ENABLED": "EMA_DECAY (0 = off)",
+    "EMBED_WD": "EMBED_WEIGHT_DECAY", "EMBEDDING_DIM": "EMBED_RANK", "LATE_QAT_THRESHOLD": "QAT_START_FRAC (a fraction of the run)",
+    "LAWA_ENABLED": "LAWA_K (0 = off)", "LAWA_FREQ": "LAWA_EVERY", "MIN_LR": "LR_FLOOR_FRAC", "MUON_WD": "MUON_WEIGHT_DECAY",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUALS=gptj PARALLEL_START_LAYER", "QAT_ENABLED": "QAT_START_FRAC=0", "ROPE_TRAIN_SEQ_LEN": "TRAIN_SEQ_LEN",
+    "ROPE_YARN": "ROPE_SCALING=yarn", "SKIP_GATES_ENABLED": "SKIP_CONNECTIONS=gated", "SMEAR_GATE_BOS_FIX": "nothing: it is always masked",
+    "SMEAR_GATE_ENABLED": "USE_SMEARGATE=1 SMEARGATE_KIND=add", "SPARSE_ATTN_GATE_ENABLED": "ATTENTION_GATE_WINDOW=12",
+    "SPARSE_ATTN_GATE_SCALE": "ATTENTION_GATE_SCALE", "SWA_ENABLED": "SWA_EVERY (0 = off)", "TRAIN_SEQ_SCHEDULE_MODE": "nothing: it follows progress",
+    "VAL_BATCH_TOKENS": "VAL_BATCH_SIZE", "VE_DIM": "VALUE_EMBED_DIM", "VE_ENABLED": "VALUE_EMBED_LAYERS", "VE_LAYERS": "VALUE_EMBED_LAYERS",
+}
 # A variable that starts like one of these belongs to us; if it is no setting, it is a mistake.
-FAMILIES = ("MUON_", "TRAIN_", "VAL_", "EVAL_", "QUANT_", "QAT_", "ROPE_", "WARMDOWN_", "TTT_", "GPTQ_", "BIGRAM_", "CHECKPOINT_")
+FAMILIES = (
+    "MUON_", "NORMUON_", "SMEARGATE_", "EMA_", "LAWA_", "SWA_", "LOOP_", "PARALLEL_", "TRAIN_", "VAL_", "EVAL_", "QUANT_", "QAT_", "ROPE_",
+    "WARMDOWN_", "TTT_", "GPTQ_", "BIGRAM_", "CHECKPOINT_",
+)  # fmt: skip
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -241,6 +383,25 @@ def parse_value(name: str, text: str) -> Any:
     return value
 
 
+def parse_steps(text: str) -> list[tuple[int, float]]:
+    """Returns (value, fraction of the run until which it holds) for each "value@fraction" of a comma-separated list. Raises ValueError on other text."""
+    steps = []
+    for entry in text.split(",") if text else []:
+        value, _, until = entry.partition("@")
+        steps.append((int(value), float(until)))
+    if steps and (parse_fracs(",".join(str(until) for _, until in steps))[-1] != 1 or min(value for value, _ in steps) < 1):
+        raise ValueError("the last fraction must be 1, and values at least 1")
+    return steps
+
+
+def parse_fracs(text: str) -> list[float]:
+    """Returns rising fractions in (0, 1] from a comma-separated list. Raises ValueError on other text."""
+    fracs = [float(entry) for entry in text.split(",")]
+    if not all(low < high for low, high in itertools.pairwise([0.0, *fracs])) or fracs[-1] > 1:
+        raise ValueError("fractions must rise and lie in (0, 1]")
+    return fracs
+
+
 def describe_range(low: float | None, high: float | None) -> str:
     """Returns the bounds in words, e.g. "at least 1"."""
     if low is not None and high is not None:
@@ -249,7 +410,9 @@ def describe_range(low: float | None, high: float | None) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Returns "; did you mean X?" or ""."""
+    """Returns "; did you mean X?", "; here this is X" for a name that public records use, or ""."""
+    if name in RENAMED:
+        return f"; here this is {RENAMED[name]}"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -279,8 +442,8 @@ def read_environment(environment: Mapping[str, str], ignored: Sequence[str], pro
     """Returns NAME -> value of the settings in `environment`; a variable that looks like a misspelt setting is a problem."""
     for name in sorted(set(environment) - set(SETTINGS) - set(ignored)):
         close = difflib.get_close_matches(name, list(SETTINGS), n=1, cutoff=0.8)
-        if close or name.startswith(FAMILIES):
-            hint = f"did you mean {close[0]}? " if close else ""
+        if close or name in RENAMED or name.startswith(FAMILIES):
+            hint = f"Here this is {RENAMED[name]}. " if name in RENAMED else f"did you mean {close[0]}? " if close else ""
             problems.append(f"{name} in the environment is not a setting. {hint}If it is not meant for this script: unset it, or IGNORE_ENV={name}")
     return {name: value for name, value in environment.items() if name in SETTINGS and name not in ignored}
 
@@ -300,7 +463,7 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
     preset = values.get("preset", Config.preset)
     if preset not in PRESETS:
         problems.append(f"PRESET={preset}: expected one of: {' '.join(PRESETS)}{did_you_mean(preset, list(PRESETS))}")
-    tiny = TINY if values.get("scale", Config.scale) == "tiny" else {}
+    tiny = {**TINY, **TINY_OF_PRESET.get(preset, {})} if values.get("scale", Config.scale) == "tiny" else {}
     config = Config(**{**PRESETS.get(preset, {}), **tiny, **values})
     problems += validate(config)
     if problems:
@@ -332,10 +495,48 @@ def validate(config: Config) -> list[str]:
     require(c.rotated_dims % 2 == 0 and c.rotated_dims <= c.head_dim, f"ROPE_DIMS={c.rotated_dims} must be even and at most {c.head_dim}, the head's width")
     require(c.mlp_dim >= 1, f"MLP_MULT={c.mlp_mult} leaves no hidden width at MODEL_DIM={c.model_dim}")
     require(c.bos_id < c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}")
+    require(not (c.swiglu and c.leaky_relu_slope), "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0")
+    require(sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order")
+    value_layers = c.value_embed_layers.split(",") if c.value_embed_layers else []
     require(
-        "train" not in known or c.train_batch_tokens % c.train_seq_len == 0,
-        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+        all(layer.isdecimal() and int(layer) < c.num_layers for layer in value_layers),
+        f"VALUE_EMBED_LAYERS={c.value_embed_layers}: expected layers below NUM_LAYERS={c.num_layers}, as 1,2",
     )
+    widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
+    require(widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}")
+    require(
+        c.parallel_residuals == "none" or c.parallel_start_layer < c.num_layers,
+        f"PARALLEL_START_LAYER={c.parallel_start_layer} must be below NUM_LAYERS={c.num_layers}",
+    )
+    require(
+        not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
+        f"LOOP_START={c.loop_start} and LOOP_END={c.loop_end} must name layers in order, below NUM_LAYERS={c.num_layers}",
+    )
+    require(
+        not c.num_loops or c.parallel_residuals != "lanes" or c.loop_end < c.parallel_start_layer,
+        f"LOOP_END={c.loop_end} must be below PARALLEL_START_LAYER={c.parallel_start_layer}: two lanes cannot go back into one",
+    )
+    schedules: dict[str, Any] = {}
+    for name, read in (("TRAIN_SEQ_SCHEDULE", parse_steps), ("TRAIN_BATCH_SCHEDULE", parse_steps), ("WARMDOWN_ENDS", parse_fracs)):
+        text = getattr(c, name.lower())
+        try:
+            schedules[name] = read(text)
+        except ValueError as error:
+            problems.append(f"{name}={text}: expected {'0.5,1' if read is parse_fracs else '1024@0.5,2048@1'} or the like ({error})")
+    if "train" in known and len(schedules) == 3:
+        longest = max((value for value, _ in schedules["TRAIN_SEQ_SCHEDULE"]), default=c.train_seq_len)
+        require(longest == c.train_seq_len, f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest row of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule}")
+        for phase in Schedule(c).phases():
+            require(
+                phase.batch_tokens % phase.seq_len == 0,
+                f"TRAIN_BATCH_TOKENS={phase.batch_tokens} must be a multiple of TRAIN_SEQ_LEN={phase.seq_len} wherever their schedules meet",
+            )
+        ends = [0.0, *schedules["WARMDOWN_ENDS"]]
+        require(len(ends) == 2 or not c.warmdown_iters, f"WARMDOWN_ENDS={c.warmdown_ends} needs WARMDOWN_FRAC, and WARMDOWN_ITERS=0")
+        require(
+            all(high - low >= c.warmdown_frac for low, high in itertools.pairwise(ends)),
+            f"WARMDOWN_FRAC={c.warmdown_frac} is longer than the gap between two of WARMDOWN_ENDS={c.warmdown_ends}",
+        )
     require(
         "train" not in known or c.micro_batch_tokens >= c.train_seq_len,
         f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}",
@@ -708,7 +909,7 @@ class TrainLoader:
         longest = max(len(shard) for shard in self.shards)
         if longest <= config.train_seq_len:
             raise ValueError(f"DATA_PATH={config.data_path}: the longest train shard has {longest} tokens, too short for TRAIN_SEQ_LEN={config.train_seq_len}")
-        self.state = {"passes": 0, "shard": 0, "row": 0, "seq_len": 0}
+        self.state = {"passes": 0, "shard": 0, "row": 0, "seq_len": 0, "tokens": 0}
         self.starts_key: tuple[int, ...] = ()
         self.starts = np.empty(0, dtype=np.int64)
 
@@ -726,22 +927,29 @@ class TrainLoader:
             self.starts_key = (passes, shard, seq_len)
         return self.starts
 
+    def next_shard(self) -> None:
+        """Goes to the next shard, and after the last one to the first, in a new pass."""
+        last = self.state["shard"] + 1 == len(self.shards)
+        self.state.update(row=0, shard=0 if last else self.state["shard"] + 1, passes=self.state["passes"] + last)
+
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
         """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64 on the rank's device.
 
-        A change of `seq_len` cuts the current shard anew and starts it again.
+        A change of `seq_len` goes on with the next shard: cutting this one anew would repeat some of its text and never reach other parts.
         """
         state = self.state
         if seq_len != state["seq_len"]:
-            state.update(row=0, seq_len=seq_len)
+            if state["seq_len"]:
+                self.next_shard()
+            state["seq_len"] = seq_len
+        state["tokens"] += num_rows * seq_len
         picked: list[tuple[int, int]] = []
         while len(picked) < num_rows:
             starts = self.row_starts()[state["row"] : state["row"] + num_rows - len(picked)]
             picked += [(state["shard"], int(start)) for start in starts]
             state["row"] += len(starts)
             if len(picked) < num_rows:
-                last = state["shard"] + 1 == len(self.shards)
-                state.update(row=0, shard=0 if last else state["shard"] + 1, passes=state["passes"] + last)
+                self.next_shard()
         share = num_rows // world.size
         mine = picked[world.rank * share : (world.rank + 1) * share]
         rows = [self.shards[shard][start : start + seq_len + 1] for shard, start in mine]
@@ -832,10 +1040,11 @@ def load_val(config: Config) -> ValData:
 
 @dataclass(frozen=True)
 class Phase:
-    """What the network computes: executed layers, tokens a row, and whether weights pass through their grid."""
+    """What the network computes: executed layers, tokens a row and a step, and whether weights pass through their grid."""
 
     order: tuple[int, ...]
     seq_len: int
+    batch_tokens: int = 0  # of a training step; no evaluation reads it
     qat: bool = False
 
 
@@ -853,25 +1062,52 @@ class Knobs(NamedTuple):
     phase: Phase
     lr_scale: float
     momentum: float
+    weight_decay_scale: float
+
+
+# Of the learning rate while it decays: share of the decay that is done -> multiplier.
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "sqrt": lambda done: 1 - math.sqrt(done),  # arXiv:2405.18392
+    "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
+}
 
 
 class Schedule:
-    """Trapezoid: a constant learning rate, then a linear decay to LR_FLOOR_FRAC over the last WARMDOWN_ITERS steps or WARMDOWN_FRAC of the run."""
+    """Learning rate: linear warm-up, constant, then a decay to LR_FLOOR_FRAC over the last WARMDOWN_ITERS steps or WARMDOWN_FRAC of the run.
+
+    With several WARMDOWN_ENDS there are as many decays (WSD-S, arXiv:2410.05192): after each the rate jumps back, and training goes on from the
+    decayed weights.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.plain = Phase(tuple(range(config.num_layers)), config.train_seq_len)
-        self.quantised = replace(self.plain, qat=True)
+        self.seq_lens = parse_steps(config.train_seq_schedule) or [(config.train_seq_len, 1.0)]
+        self.batches = parse_steps(config.train_batch_schedule) or [(config.train_batch_tokens, 1.0)]
+        self.decay_ends = parse_fracs(config.warmdown_ends)
+        self.shape = DECAY_SHAPES[config.warmdown_shape]
+
+    def order(self, frac: float) -> tuple[int, ...]:
+        """Returns the executed layers: all blocks in order; from ENABLE_LOOPING_AT on, LOOP_START to LOOP_END run NUM_LOOPS times more."""
+        c = self.config
+        loops = c.num_loops if frac >= c.enable_looping_at else 0
+        looped = tuple(range(c.loop_start, c.loop_end + 1))
+        return tuple(range(c.loop_end + 1)) + looped * loops + tuple(range(c.loop_end + 1, c.num_layers))
+
+    def phase(self, frac: float) -> Phase:
+        """Returns the phase at a fraction of the run."""
+        seq_len, batch_tokens = (next((value for value, until in steps if frac < until), steps[-1][0]) for steps in (self.seq_lens, self.batches))
+        return Phase(self.order(frac), seq_len, batch_tokens, qat=frac >= self.config.qat_start_frac < 1)
 
     def phases(self) -> list[Phase]:
         """Returns every phase that a run can reach, in order."""
-        start = self.config.qat_start_frac
-        return [self.plain] * (start > 0) + [self.quantised] * (start < 1)
+        changes = {0.0, self.config.enable_looping_at, self.config.qat_start_frac, *(until for _, until in self.seq_lens + self.batches)}
+        return list(dict.fromkeys(self.phase(frac) for frac in sorted(changes) if frac < 1))
 
     @property
     def scored_phase(self) -> Phase:
-        """The phase of evaluation: the last order of layers. Weights are not passed through the grid: those of the artifact lie on it."""
-        return self.plain
+        """The phase of evaluation: the last one, but weights are not passed through the grid: those of the artifact lie on it."""
+        return replace(self.phase(1.0), qat=False)
 
     def progress(self, step: int, seconds: float, step_seconds: float) -> Progress:
         """Returns the progress after `step` steps and `seconds` of training, at an average of `step_seconds`."""
@@ -884,18 +1120,23 @@ class Schedule:
                 remaining = min(remaining, (c.max_wallclock_seconds - seconds) / step_seconds)
         return Progress(step, min(frac, 1.0), max(remaining, 0.0))
 
+    def decay(self, progress: Progress) -> float:
+        """Returns how much of the learning rate a decay leaves: 1 outside every decay, 0 at the end of each."""
+        c = self.config
+        if c.warmdown_iters:
+            return self.shape(max(1 - progress.remaining_steps / c.warmdown_iters, 0.0))
+        end = next((end for end in self.decay_ends if progress.frac < end), self.decay_ends[-1])
+        return self.shape(max(1 - (end - progress.frac) / c.warmdown_frac, 0.0)) if c.warmdown_frac and progress.frac <= end else 1.0
+
     def __call__(self, progress: Progress) -> Knobs:
         """Returns the knobs of the step that starts at `progress`."""
         c = self.config
-        decay = 1.0
-        if c.warmdown_iters:
-            decay = min(progress.remaining_steps / c.warmdown_iters, 1.0)
-        elif c.warmdown_frac:
-            decay = min((1 - progress.frac) / c.warmdown_frac, 1.0)
-        warm = min(progress.step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
-        momentum = c.muon_momentum_warmup_start + warm * (c.muon_momentum - c.muon_momentum_warmup_start)
-        phase = self.quantised if progress.frac >= c.qat_start_frac < 1 else self.plain
-        return Knobs(phase, c.lr_floor_frac + (1 - c.lr_floor_frac) * decay, momentum)
+        warm = min((progress.step + 1) / c.lr_warmup_steps, 1.0) if c.lr_warmup_steps else 1.0
+        lr_scale = warm * max(self.decay(progress), c.lr_floor_frac)
+        momentum_warm = min(progress.step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        momentum = c.muon_momentum_warmup_start + momentum_warm * (c.muon_momentum - c.muon_momentum_warmup_start)
+        weight_decay_scale = 1.0 if progress.frac < c.weight_decay_taper_frac else c.weight_decay_taper_scale
+        return Knobs(self.phase(progress.frac), lr_scale, momentum, weight_decay_scale)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -909,6 +1150,7 @@ class Role(Enum):
     """What a parameter is for."""
 
     EMBED = "embed"
+    TABLE = "table"
     HEAD = "head"
     MATRIX = "matrix"
     GAIN = "gain"
@@ -927,10 +1169,11 @@ def role_rules(config: Config) -> dict[Role, RoleRule]:
     """Returns the one table from role to optimiser, learning rate, weight decay and bits."""
     c = config
     return {
-        Role.EMBED: RoleRule("adam", c.tied_embed_lr if c.tie_embeddings else c.embed_lr, c.adam_weight_decay, c.embed_bits),
-        Role.HEAD: RoleRule("adam", c.head_lr, c.adam_weight_decay, c.matrix_bits),
+        Role.EMBED: RoleRule("adam", c.tied_embed_lr if c.tie_embeddings else c.embed_lr, c.embed_weight_decay, c.embed_bits),
+        Role.TABLE: RoleRule("adam", c.tied_embed_lr, c.embed_weight_decay, c.embed_bits),  # embeddings that are never the head
+        Role.HEAD: RoleRule("adam", c.head_lr, c.embed_weight_decay, c.matrix_bits),
         Role.MATRIX: RoleRule("muon", c.matrix_lr, c.muon_weight_decay, c.matrix_bits),
-        Role.GAIN: RoleRule("adam", c.scalar_lr, 0.0, 16),
+        Role.GAIN: RoleRule("adam", c.scalar_lr, c.scalar_weight_decay, 16),
     }
 
 
@@ -1001,11 +1244,15 @@ def predicted_bits_per_weight(bits: int, columns: int) -> float:
 # Model
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Owns the network and its initial weights. There is one forward, for training, scoring, calibration and adaptation; `phase` says what it
-# computes and `adapters[slot][name]` adds to a projection when given. Parameters are float32 masters, cast where they are used.
+# computes and `adapters[slot][name]` adds to a projection when given. An optional feature is a module or `Keep`, chosen in a constructor.
+# Parameters are float32 masters, cast where they are used.
 
-# What is added to the output of a layer's projections, by projection name ("q", "k", "v", "out", "up", "down"), and one of these per executed layer (slot).
+# What is added to the output of a layer's projections, by projection name ("q", "k", "v", "out", "up", "gate", "down"), and one of these per
+# executed layer (slot).
 SlotAdapters = Mapping[str, Callable[[Tensor], Tensor]]
 Adapters = Sequence[SlotAdapters]
+# The residual stream: one lane (B, T, D), or two in layers whose attention and MLP have a lane each.
+Lanes = tuple[Tensor, ...]
 
 
 class Rows(NamedTuple):
@@ -1014,6 +1261,8 @@ class Rows(NamedTuple):
     cos: Tensor  # (T, rotated / 2)
     sin: Tensor
     mask: Tensor | None  # (B, 1, T, T), True where attention may look; None = everything up to the own position
+    follows: Tensor  # (B, T, 1), 1 where the token has a predecessor in its row and document, else 0
+    value: Tensor | None  # (B, T, K C), the value embedding of the tokens
 
 
 def document_ids(tokens: Tensor, bos_id: int) -> Tensor:
@@ -1026,6 +1275,16 @@ def document_mask(tokens: Tensor, bos_id: int) -> Tensor:
     ids = document_ids(tokens, bos_id)
     causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
     return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
+
+
+def follows_in_document(tokens: Tensor, bos_id: int) -> Tensor:
+    """Returns which tokens have a predecessor in their row and document: (B, T, 1) bool."""
+    return (F.pad(torch.ones_like(tokens[:, 1:]), (1, 0)) * (tokens != bos_id)).bool()[..., None]
+
+
+def previous(x: Tensor, rows: Rows) -> Tensor:
+    """Returns x (B, T, ...) of the position before, zero where that is not in the same document."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0)) * rows.follows
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -1051,10 +1310,31 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-def rotary_table(length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of RoPE's angles, each (length, dims / 2). Source: arXiv:2104.09864."""
+def scaled_rms_norm(x: Tensor, scale: float) -> Tensor:
+    """Returns x scaled to a root mean square of `scale`."""
+    return scale * rms_norm(x)
+
+
+def rotary_frequencies(config: Config, length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Returns RoPE's radians per position for rows of `length`, (rotated / 2,). Source: arXiv:2104.09864.
+
+    For rows longer than those of training: "ntk" raises the base so that the slowest frequency turns as far as it did in training; "yarn" slows
+    down only the frequencies that turned few times in a training row (arXiv:2309.00071, without its temperature: queries have a learned gain).
+    """
+    dims, base, stretch = config.rotated_dims, config.rope_base, max(length / config.train_seq_len, 1.0)
+    if config.rope_scaling == "ntk" and dims > 2:
+        base *= stretch ** (dims / (dims - 2))
     frequencies = base ** -(torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    if config.rope_scaling == "yarn":
+        turns = config.train_seq_len * frequencies / (2 * math.pi)
+        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / stretch)
+    return frequencies
+
+
+def rotary_table(config: Config, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of RoPE's angles, each (length, rotated / 2)."""
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), rotary_frequencies(config, length, device))
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -1065,19 +1345,46 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:
     return torch.cat((first * rows.cos + second * rows.sin, second * rows.cos - first * rows.sin, rest), dim=-1)
 
 
-class Linear(nn.Module):
-    """y = x W^T, W (outputs, inputs), cast to x's dtype; on the grid in a QAT phase; plus the adapter's output where one is given."""
+class Part(nn.Module):
+    """A module that says of each of its own parameters what it is for and how it starts."""
 
-    def __init__(self, inputs: int, outputs: int, role: Role, bits: int, *, zero_init: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.roles = {"weight": role}
-        self.bits = bits
-        self.zero_init = zero_init
+        self.roles: dict[str, Role] = {}
+        self.starts: dict[str, Callable[[Tensor], Any]] = {}
 
-    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
-        y = F.linear(x, stored_weight(self.weight, self.bits, phase).to(x.dtype))
-        return y if adapters is None else y + adapters[name](x)
+    def declare(self, name: str, role: Role, shape: Sequence[int], start: Callable[[Tensor], Any]) -> None:
+        """Adds a parameter; `start` sets it in place when the weights are initialised."""
+        self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+        self.roles[name], self.starts[name] = role, start
+
+
+class Keep(nn.Module):
+    """The identity, in place of a feature that is off: returns its first argument."""
+
+    def forward(self, x: Tensor, *context: object) -> Tensor:
+        return x
+
+
+def constant(value: float) -> Callable[[Tensor], Any]:
+    """Returns the start that fills a parameter with `value`."""
+    return partial(nn.init.constant_, val=value)
+
+
+def overtone(std: float) -> Callable[[Tensor], Any]:
+    """Returns the start of an embedding that is normal with deviation `std` but for its singular values, which fall as k^-1/2 from the largest."""
+
+    def start(weight: Tensor) -> None:
+        u, s, vh = torch.linalg.svd(nn.init.normal_(weight, std=std).data, full_matrices=False)
+        weight.data.copy_(u * (s[0] * torch.arange(1, len(s) + 1, device=s.device) ** -0.5) @ vh)
+
+    return start
+
+
+MATRIX_STARTS: dict[str, Callable[[Tensor], Any]] = {
+    "orthogonal": nn.init.orthogonal_,
+    "uniform": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),  # what torch.nn.Linear does, and so the starter
+}
 
 
 def stored_weight(weight: Tensor, bits: int, phase: Phase) -> Tensor:
@@ -1085,20 +1392,215 @@ def stored_weight(weight: Tensor, bits: int, phase: Phase) -> Tensor:
     return rowmax_grid(weight, bits).fake(weight) if phase.qat else weight
 
 
-class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads, normalised queries and keys, a learned gain per query head, and RoPE."""
+class Linear(Part):
+    """y = x W^T, W (outputs, inputs), cast to x's dtype; on the grid in a QAT phase; plus the adapter's output where one is given."""
+
+    weight: Tensor
+
+    def __init__(self, inputs: int, outputs: int, config: Config, role: Role = Role.MATRIX, *, zero_init: bool = False) -> None:
+        super().__init__()
+        self.declare("weight", role, (outputs, inputs), nn.init.zeros_ if zero_init else MATRIX_STARTS[config.matrix_init])
+        self.bits = config.matrix_bits
+
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
+        y = F.linear(x, self.stored(x, phase))
+        return y if adapters is None else y + adapters[name](x)
+
+    def stored(self, x: Tensor, phase: Phase) -> Tensor:
+        """Returns the weight that multiplies x."""
+        return stored_weight(self.weight, self.bits, phase).to(x.dtype)
+
+
+class Table(Part):
+    """Rows of numbers to be looked up by token or bucket."""
+
+    weight: Tensor
+
+    def __init__(self, rows: int, columns: int, config: Config, role: Role, start: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.declare("weight", role, (rows, columns), start)
+        self.bits = config.embed_bits
+
+    def forward(self, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
+        return F.embedding(index, self.stored(phase)).to(dtype)
+
+    def stored(self, phase: Phase) -> Tensor:
+        """Returns the rows as the artifact holds them in a QAT phase."""
+        return stored_weight(self.weight, self.bits, phase)
+
+
+class Scale(Part):
+    """One learned factor."""
+
+    scale: Tensor
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.declare("scale", Role.GAIN, (1,), constant(start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(x.dtype)
+
+
+# -- What happens to the embedded tokens before the first block. Every stage: forward(x, tokens, rows, phase) -> x, all (B, T, D).
+
+
+class NormStage(nn.Module):
+    """x / rms(x)."""
+
+    def forward(self, x: Tensor, tokens: Tensor, rows: Rows, phase: Phase) -> Tensor:
+        return rms_norm(x)
+
+
+class BigramHash(Part):
+    """Adds a projected embedding of the hashed pair (previous token, token); nothing where a document starts. Source: PR #162."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         c = config
+        self.buckets = c.bigram_hash_buckets
+        self.table = Table(c.bigram_hash_buckets, c.bigram_hash_dim, c, Role.TABLE, partial(nn.init.normal_, std=0.01))
+        self.project = Linear(c.bigram_hash_dim, c.model_dim, c, zero_init=True)
+        self.scale = Scale(c.bigram_hash_scale) if c.bigram_hash_scale else Keep()
+
+    def forward(self, x: Tensor, tokens: Tensor, rows: Rows, phase: Phase) -> Tensor:
+        buckets = (F.pad(tokens[:, :-1], (1, 0)) * 92821 + tokens) % self.buckets
+        return x + self.scale(self.project(self.table(buckets, phase, x.dtype), phase)) * rows.follows
+
+
+class SmearBlend(Part):
+    """k x + (1 - k) x_previous, with k = sigmoid(keep) per dimension: SmearGate of the record of 2026-03-19."""
+
+    keep: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.declare("keep", Role.GAIN, (config.model_dim,), constant(config.smeargate_init))
+
+    def forward(self, x: Tensor, tokens: Tensor, rows: Rows, phase: Phase) -> Tensor:
+        return torch.lerp(previous(x, rows), x, self.keep.sigmoid().to(x.dtype))
+
+
+class SmearAdd(Part):
+    """x + strength sigmoid(W x[:window]) x_previous: SmearGate of PR #1667, strength and W starting at zero."""
+
+    strength: Tensor
+    weight: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.window = config.gate_window
+        self.declare("strength", Role.GAIN, (1,), nn.init.zeros_)
+        self.declare("weight", Role.GAIN, (1, config.gate_window), nn.init.zeros_)
+
+    def forward(self, x: Tensor, tokens: Tensor, rows: Rows, phase: Phase) -> Tensor:
+        gate = F.linear(x[..., : self.window], self.weight.to(x.dtype)).sigmoid()
+        return x + self.strength.to(x.dtype) * gate * previous(x, rows)
+
+
+def input_stages(config: Config) -> nn.ModuleList:
+    """Returns the stages in the order of INPUT_STAGES, without those that are off."""
+    c = config
+    built: dict[str, nn.Module] = {"norm": NormStage()}
+    if c.bigram_hash_buckets:
+        built["bigram"] = BigramHash(c)
+    if c.use_smeargate:
+        built["smear"] = {"blend": SmearBlend, "add": SmearAdd}[c.smeargate_kind](c)
+    return nn.ModuleList(built[name] for name in c.input_stages.split(",") if name in built)
+
+
+class Embedding(Part):
+    """Token embedding, also the output head when tied; with EMBED_RANK the product of a thin table (V, r) and a matrix (r -> D)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c = config
+        std = c.tied_embed_init_std if c.tie_embeddings else 1.0
+        start = overtone(std) if c.embed_init == "overtone" else partial(nn.init.normal_, std=std)
+        self.table = Table(c.vocab_size, c.embed_rank or c.model_dim, c, Role.EMBED, start)
+        self.widen = Linear(c.embed_rank, c.model_dim, c) if c.embed_rank else None
+
+    def forward(self, tokens: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
+        x = self.table(tokens, phase, dtype)
+        return x if self.widen is None else self.widen(x, phase)
+
+    def logits(self, x: Tensor, phase: Phase) -> Tensor:
+        """Returns x (B, T, D) times the embedding of every token: (B, T, V)."""
+        x = x if self.widen is None else x @ self.widen.stored(x, phase)
+        return F.linear(x, self.table.stored(phase).to(x.dtype))
+
+
+class ValueEmbedding(Part):
+    """A second, thin token embedding, projected to the width of the values: (B, T) -> (B, T, K C). Source: PR #379."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c = config
+        self.table = Table(c.vocab_size, c.value_embed_dim, c, Role.TABLE, partial(nn.init.normal_, std=0.01))
+        self.project = Linear(c.value_embed_dim, c.num_kv_heads * c.head_dim, c)
+        self.scale = Scale(0.1)
+
+    def forward(self, tokens: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
+        return self.scale(self.project(self.table(tokens, phase, dtype), phase))
+
+
+# -- Blocks
+
+
+class AddValue(nn.Module):
+    """v + scale times the value embedding of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale(1.0)
+
+    def forward(self, v: Tensor, rows: Rows) -> Tensor:
+        assert rows.value is not None
+        return v + self.scale(rows.value)
+
+
+class ExcludeSelf(nn.Module):
+    """Exclusive self-attention: takes from each head's output y (B, H, T, C) its part along the position's own value v (B, K, T, C). Source: PR #265."""
+
+    def forward(self, y: Tensor, v: Tensor) -> Tensor:
+        direction = F.normalize(v, dim=-1)[:, :, None]
+        grouped = y.unflatten(1, (v.shape[1], -1))
+        return (grouped - (grouped * direction).sum(dim=-1, keepdim=True) * direction).flatten(1, 2)
+
+
+class HeadGate(Part):
+    """y_h sigmoid(s W_h x[:window]) per head h, W starting at zero; window = MODEL_DIM is the dense form. Source: PRs #1667, #1787."""
+
+    weight: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.window, self.gain = config.attention_gate_window, config.attention_gate_scale
+        self.declare("weight", Role.GAIN, (config.num_heads, self.window), nn.init.zeros_)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        gate = (self.gain * F.linear(x[..., : self.window], self.weight.to(x.dtype))).sigmoid()
+        return y * gate.transpose(1, 2)[..., None]
+
+
+class Attention(Part):
+    """Causal self-attention with grouped key/value heads, normalised queries and keys, a learned gain per query head, and RoPE."""
+
+    q_gain: Tensor
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        c = config
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
-        self.q = Linear(c.model_dim, c.num_heads * c.head_dim, Role.MATRIX, c.matrix_bits)
-        self.k = Linear(c.model_dim, c.num_kv_heads * c.head_dim, Role.MATRIX, c.matrix_bits)
-        self.v = Linear(c.model_dim, c.num_kv_heads * c.head_dim, Role.MATRIX, c.matrix_bits)
-        self.out = Linear(c.num_heads * c.head_dim, c.model_dim, Role.MATRIX, c.matrix_bits, zero_init=True)
-        self.q_gain = nn.Parameter(torch.empty(c.num_heads))
-        self.roles = {"q_gain": Role.GAIN}
+        self.q = Linear(c.model_dim, c.num_heads * c.head_dim, c)
+        self.k = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c)
+        self.v = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c)
+        self.out = Linear(c.num_heads * c.head_dim, c.model_dim, c, zero_init=True)
+        self.declare("q_gain", Role.GAIN, (c.num_heads,), constant(c.qk_gain_init))
         self.attend = ATTENTION_BACKENDS[c.attention_backend]
+        self.add_value = AddValue() if layer in c.value_embed_layer_list else Keep()
+        self.exclude_self = ExcludeSelf() if layer >= c.num_layers - c.xsa_last_n else Keep()
+        self.head_gate = HeadGate(c) if c.attention_gate_window else Keep()
 
     def forward(self, x: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         def split(projected: Tensor, heads: int) -> Tensor:
@@ -1106,41 +1608,178 @@ class Attention(nn.Module):
 
         q = rms_norm(split(self.q(x, phase, adapters, "q"), self.heads))
         k = rms_norm(split(self.k(x, phase, adapters, "k"), self.kv_heads))
-        v = split(self.v(x, phase, adapters, "v"), self.kv_heads)
+        v = split(self.add_value(self.v(x, phase, adapters, "v"), rows), self.kv_heads)
         q = rotate(q, rows) * self.q_gain.to(q.dtype)[:, None, None]
         y = self.attend(q, rotate(k, rows), v, rows.mask)
+        y = self.head_gate(self.exclude_self(y, v), x)
         return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out")
 
 
-class MLP(nn.Module):
-    """relu(x W_up)^2 W_down. Source: arXiv:2109.08668."""
+class MLP(Part):
+    """f(x W_up)^2 W_down, f = relu (arXiv:2109.08668) or leaky relu."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.up = Linear(config.model_dim, config.mlp_dim, Role.MATRIX, config.matrix_bits)
-        self.down = Linear(config.mlp_dim, config.model_dim, Role.MATRIX, config.matrix_bits, zero_init=True)
+        self.up = Linear(config.model_dim, config.mlp_dim, config)
+        self.down = Linear(config.mlp_dim, config.model_dim, config, zero_init=True)
+        self.slope = config.leaky_relu_slope
 
     def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
-        return self.down(F.relu(self.up(x, phase, adapters, "up")).square(), phase, adapters, "down")
+        return self.down(F.leaky_relu(self.up(x, phase, adapters, "up"), self.slope).square(), phase, adapters, "down")
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP on a learned mix of the stream and the embedding: x_in = mix0 x + mix1 x0, per dimension."""
+class SwiGLU(Part):
+    """(silu(x W_gate) * x W_up) W_down. Source: arXiv:2002.05202."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
-        self.mix = nn.Parameter(torch.empty(2, config.model_dim))
-        self.attention_scale = nn.Parameter(torch.empty(config.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(config.model_dim))
-        self.roles = dict.fromkeys(("mix", "attention_scale", "mlp_scale"), Role.GAIN)
+        self.gate = Linear(config.model_dim, config.mlp_dim, config)
+        self.up = Linear(config.model_dim, config.mlp_dim, config)
+        self.down = Linear(config.mlp_dim, config.model_dim, config, zero_init=True)
 
-    def forward(self, x: Tensor, x0: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
+        gated = F.silu(self.gate(x, phase, adapters, "gate")) * self.up(x, phase, adapters, "up")
+        return self.down(gated, phase, adapters, "down")
+
+
+def mix_start(config: Config, layer: int) -> Callable[[Tensor], Any]:
+    """Returns the start of a block's mix: all stream; or, as a phase transition, more of the embedding in early layers and of the stream in late ones."""
+    share = 1.0
+    if config.mix_init == "phase_transition":
+        share = 1 / (1 + math.exp(-3 * (layer / (config.num_layers - 1) - 0.5)))
+    return lambda mix: mix.data.copy_(torch.tensor([[share], [1 - share]]).expand_as(mix))
+
+
+class Block(Part):
+    """Pre-norm attention, then MLP, on a learned mix of the stream and the embedding: x_in = mix0 x + mix1 x0, per dimension."""
+
+    mix: Tensor
+    attention_scale: Tensor
+    mlp_scale: Tensor
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        c = config
+        self.attention = Attention(c, layer)
+        self.mlp = SwiGLU(c) if c.swiglu else MLP(c)
+        self.norm = partial(scaled_rms_norm, scale=1 / math.sqrt(layer + 1)) if c.ln_scale else rms_norm
+        self.declare("mix", Role.GAIN, (2, c.model_dim), mix_start(c, layer))
+        self.declare("attention_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
+        self.declare("mlp_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
+
+    def enter(self, lanes: Lanes) -> Lanes:
+        """Returns the lanes that this kind of block works on."""
+        return lanes
+
+    def blend(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Returns x_in."""
         mix = self.mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attention_scale.to(x.dtype) * self.attention(rms_norm(x), rows, phase, adapters)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x), phase, adapters)
+        return mix[0] * x + mix[1] * x0
+
+    def attended(self, x: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
+        """Returns what attention adds to the stream."""
+        return self.attention_scale.to(x.dtype) * self.attention(self.norm(x), rows, phase, adapters)
+
+    def transformed(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
+        """Returns what the MLP adds to the stream."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x), phase, adapters)
+
+    def forward(self, lanes: Lanes, x0: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Lanes:
+        (x,) = lanes
+        x = self.blend(x, x0)
+        x = x + self.attended(x, rows, phase, adapters)
+        return (x + self.transformed(x, phase, adapters),)
+
+
+class ParallelBlock(Block):
+    """Attention and MLP read the same input, as in GPT-J."""
+
+    def forward(self, lanes: Lanes, x0: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Lanes:
+        (x,) = lanes
+        x = self.blend(x, x0)
+        return (x + self.attended(x, rows, phase, adapters) + self.transformed(x, phase, adapters),)
+
+
+class Routes(Part):
+    """What each layer's attention and MLP write into each lane: lane_i <- keep_i lane_i + from_attention_i attention + from_mlp_i mlp. Source: PR #1529.
+
+    One row per physical layer, also for those before the lanes part.
+    """
+
+    keep: Tensor
+    write: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.declare("keep", Role.GAIN, (config.num_layers, 2), constant(1.1))
+        self.declare("write", Role.GAIN, (config.num_layers, 2, 2), nn.init.ones_)  # layer, source (attention, MLP), lane
+
+    def forward(self, lanes: Lanes, attended: Tensor, transformed: Tensor, layer: int) -> Lanes:
+        keep, write = self.keep[layer].to(attended.dtype), self.write[layer].to(attended.dtype)
+        return tuple(keep[i] * lane + write[0, i] * attended + write[1, i] * transformed for i, lane in enumerate(lanes))
+
+
+class LaneBlock(Block):
+    """Attention reads the first of two lanes (mixed with the embedding), the MLP the second; both write to both."""
+
+    def __init__(self, config: Config, layer: int, routes: Routes) -> None:
+        super().__init__(config, layer)
+        self.layer, self.routes = layer, routes
+
+    def enter(self, lanes: Lanes) -> Lanes:
+        return lanes if len(lanes) == 2 else (lanes[0], lanes[0])
+
+    def forward(self, lanes: Lanes, x0: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Lanes:
+        attended = self.attended(self.blend(lanes[0], x0), rows, phase, adapters)
+        return self.routes(lanes, attended, self.transformed(lanes[1], phase, adapters), self.layer)
+
+
+FINAL_LANE: dict[str, Callable[[Lanes], Tensor]] = {
+    "mean": lambda lanes: (lanes[0] + lanes[-1]) / 2,
+    "attention": lambda lanes: lanes[0],
+    "mlp": lambda lanes: lanes[-1],
+}
+
+# -- Between blocks
+
+
+class ScaledSkip(Part):
+    """x + scale skip, a scale per dimension for every layer of the second half."""
+
+    scale: Tensor
+
+    def __init__(self, config: Config, skips: int) -> None:
+        super().__init__()
+        self.declare("scale", Role.GAIN, (skips, config.model_dim), nn.init.ones_)
+
+    def forward(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        return x + self.scale[index].to(x.dtype) * skip
+
+
+class GatedSkip(ScaledSkip):
+    """lerp(scale skip, x, sigmoid(gate)), the gate starting at half and half. Source: PR #1089."""
+
+    gate: Tensor
+
+    def __init__(self, config: Config, skips: int) -> None:
+        super().__init__(config, skips)
+        self.declare("gate", Role.GAIN, (skips, config.model_dim), nn.init.zeros_)
+
+    def forward(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        return torch.lerp(self.scale[index].to(x.dtype) * skip, x, self.gate[index].sigmoid().to(x.dtype))
+
+
+class LoopEmbedding(Part):
+    """Tells a block which pass through it this is: adds a vector per pass, starting at zero."""
+
+    vectors: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.declare("vectors", Role.GAIN, (config.num_loops + 1, config.model_dim), nn.init.zeros_)
+
+    def forward(self, x: Tensor, passes: int) -> Tensor:
+        return x + self.vectors[passes].to(x.dtype)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -1149,7 +1788,13 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return automatic if config.compute_dtype == "auto" else getattr(torch, config.compute_dtype)
 
 
-class GPT(nn.Module):
+def softcap(logits: Tensor, positive: float, negative: float) -> Tensor:
+    """Returns c tanh(logits / c), with a bound of its own on each side of zero."""
+    bound = positive if positive == negative else torch.where(logits > 0, positive, negative)
+    return bound * torch.tanh(logits / bound)
+
+
+class GPT(Part):
     """The network: embedding, blocks in the order of the phase with U-Net skips, softcapped head."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32) -> None:
@@ -1158,62 +1803,63 @@ class GPT(nn.Module):
         c = config
         self.config = config
         self.dtype = dtype
-        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.skip_scale = nn.Parameter(torch.empty(c.num_layers // 2, c.model_dim))
-        self.roles = {"embed": Role.EMBED, "skip_scale": Role.GAIN}
-        self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, Role.HEAD, c.matrix_bits, zero_init=True)
+        self.embedding = Embedding(c)
+        self.stages = input_stages(c)
+        self.value_embedding = ValueEmbedding(c) if c.value_embed_layers else None
+        routes = Routes(c) if c.parallel_residuals == "lanes" else None
+        self.blocks = nn.ModuleList()
+        for layer in range(c.num_layers):
+            if c.parallel_residuals == "none" or layer < c.parallel_start_layer:
+                self.blocks.append(Block(c, layer))
+            else:
+                self.blocks.append(ParallelBlock(c, layer) if routes is None else LaneBlock(c, layer, routes))
+        skips = max(len(phase.order) for phase in Schedule(c).phases()) // 2
+        self.skip = {"scaled": ScaledSkip, "gated": GatedSkip}[c.skip_connections](c, skips) if c.skip_connections != "none" else Keep()
+        self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
+        self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, c, Role.HEAD, zero_init=True)
 
     def init_weights(self) -> None:
-        """Sets every parameter to its start, from the global random state. Raises on a parameter that no rule covers."""
-        covered = {id(self.embed), id(self.skip_scale)}
-        nn.init.normal_(self.embed, std=self.config.tied_embed_init_std if self.head is None else 1.0)
-        nn.init.ones_(self.skip_scale)
+        """Sets every parameter to its start, from the global random state."""
         for module in self.modules():
-            if isinstance(module, Linear):
-                if module.zero_init:
-                    nn.init.zeros_(module.weight)
-                elif self.config.matrix_init == "orthogonal":
-                    nn.init.orthogonal_(module.weight)
-                else:  # what torch.nn.Linear does, and so the starter
-                    nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-                covered.add(id(module.weight))
-            elif isinstance(module, Attention):
-                nn.init.constant_(module.q_gain, self.config.qk_gain_init)
-                covered.add(id(module.q_gain))
-            elif isinstance(module, Block):
-                module.mix.data.copy_(torch.tensor([[1.0], [0.0]]).expand_as(module.mix))
-                nn.init.ones_(module.attention_scale)
-                nn.init.ones_(module.mlp_scale)
-                covered |= {id(module.mix), id(module.attention_scale), id(module.mlp_scale)}
-        missed = [name for name, parameter in self.named_parameters() if id(parameter) not in covered]
-        assert not missed, f"no initial value for {missed}"
+            if isinstance(module, Part):
+                for name, start in module.starts.items():
+                    start(module.get_parameter(name))
+
+    def rows(self, tokens: Tensor, phase: Phase) -> Rows:
+        """Returns what every layer needs to know about tokens (B, T)."""
+        c = self.config
+        cos, sin = rotary_table(c, tokens.shape[1], tokens.device, self.dtype)
+        mask = document_mask(tokens, c.bos_id) if c.doc_mask else None
+        value = None if self.value_embedding is None else self.value_embedding(tokens, phase, self.dtype)
+        return Rows(cos, sin, mask, follows_in_document(tokens, c.bos_id).to(self.dtype), value)
 
     def hidden(self, tokens: Tensor, phase: Phase, adapters: Adapters | None) -> Tensor:
         """Returns the stream after the last block: tokens (B, T) -> (B, T, D). The first half of the executed layers push, the second half pop."""
-        c = self.config
-        cos, sin = rotary_table(tokens.shape[1], c.rotated_dims, c.rope_base, tokens.device, self.dtype)
-        rows = Rows(cos, sin, document_mask(tokens, c.bos_id) if c.doc_mask else None)
-        x = x0 = rms_norm(F.embedding(tokens, stored_weight(self.embed, c.embed_bits, phase)).to(self.dtype))
+        rows = self.rows(tokens, phase)
+        x0 = self.embedding(tokens, phase, self.dtype)
+        for stage in self.stages:
+            x0 = stage(x0, tokens, rows, phase)
+        lanes: Lanes = (x0,)
         half = len(phase.order) // 2
         skips: list[Tensor] = []
         for slot, layer in enumerate(phase.order):
+            block: Any = self.blocks[layer]
+            first, *others = block.enter(lanes)
             if half <= slot < 2 * half:
-                x = x + self.skip_scale[slot - half].to(x.dtype) * skips.pop()
-            x = self.blocks[layer](x, x0, rows, phase, adapters[slot] if adapters else None)
+                first = self.skip(first, skips.pop(), slot - half)
+            first = self.loop_embedding(first, phase.order[:slot].count(layer))
+            lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
             if slot < half:
-                skips.append(x)
-        return x
+                skips.append(lanes[0])
+        return FINAL_LANE[self.config.parallel_final_lane](lanes)
 
     def logits(self, tokens: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
+        c = self.config
         x = rms_norm(self.hidden(tokens, phase, adapters))
-        if self.head is not None:
-            raw = self.head(x, phase)
-        else:
-            raw = F.linear(x, stored_weight(self.embed, self.config.embed_bits, phase).to(x.dtype))
+        raw = self.embedding.logits(x, phase) if self.head is None else self.head(x, phase)
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        return self.config.logit_softcap * torch.tanh(raw / self.config.logit_softcap)
+        return softcap(raw, c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T)."""
@@ -1244,20 +1890,39 @@ POLYNOMIALS = {
 }
 
 
+# From this ratio of the longer to the shorter side on, products of the small Gram matrix cost less than products with the matrix itself.
+GRAM_ASPECT = 1.5
+
+
 def orthogonalise(matrices: Tensor, steps: int, coefficients: str) -> Tensor:
     """Returns matrices (n, rows, columns) with their singular values brought close to 1 and their singular vectors kept.
 
-    Runs in bfloat16 on a GPU, where the iteration is bound by matrix products, and in the given dtype elsewhere.
+    Runs in bfloat16 on a GPU, where the iteration is bound by matrix products, and in the given dtype elsewhere. Each polynomial step
+    is X <- (a + b G + c G^2) X with G = X X^T on the short side. All those factors are polynomials of the first G, so for long matrices
+    they are multiplied together on the short side alone and applied to X once (Gram Newton-Schulz), with the same result. That product
+    is kept in float32: in bfloat16 its rounding errors are amplified in the directions of small singular values until it explodes.
     """
     safety, polynomials = POLYNOMIALS[coefficients]
     x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.transpose(1, 2) if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) * safety + 1e-7)
-    for a, b, c in polynomials[:steps]:
-        gram = x @ x.transpose(1, 2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    if x.shape[2] >= GRAM_ASPECT * x.shape[1]:
+        precise = x if x.dtype == torch.float64 else x.float()
+        x = gram_factor(precise @ precise.transpose(1, 2), polynomials[:steps]).to(x.dtype) @ x
+    else:
+        for a, b, c in polynomials[:steps]:
+            gram = x @ x.transpose(1, 2)
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return x.transpose(1, 2) if tall else x
+
+
+def gram_factor(gram: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Returns the matrix F with F X = the result of all polynomial steps on X, from gram = X X^T (n, rows, rows)."""
+    (a, b, c), *rest = polynomials
+    step = b * gram + c * gram @ gram
+    step.diagonal(dim1=1, dim2=2).add_(a)
+    return gram_factor(step @ gram @ step, rest) @ step if rest else step
 
 
 def take_gradients(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -1271,16 +1936,20 @@ def take_gradients(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> 
 
 
 class MuonGroup:
-    """Matrices of one shape, stacked; this rank keeps the momentum of its share and orthogonalises it.
+    """Matrices of one shape, stacked; this rank keeps the state of its share and orthogonalises it.
 
-    Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)), with decoupled weight decay.
+    Nesterov momentum, its rows brought to equal norm if asked (MuonEq-R), orthogonalised, each row divided by the running root mean square of its
+    updates if asked (NorMuon, arXiv:2510.05491, at the norm that the update had before), times sqrt(max(1, rows / columns)).
     """
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter], rule: RoleRule, config: Config, world: World) -> None:
         self.names, self.parameters, self.rule, self.config, self.world = names, parameters, rule, config, world
         self.share = -(-len(parameters) // world.size)
-        self.state = {"momentum": torch.zeros(self.share, *parameters[0].shape, dtype=parameters[0].dtype, device=parameters[0].device)}
-        self.orthogonalise = torch.compile(orthogonalise) if config.compile else orthogonalise
+        like = parameters[0].data
+        self.state = {"momentum": like.new_zeros(self.share, *like.shape)}
+        if config.normuon_beta2:
+            self.state["row_squares"] = like.new_zeros(self.share, like.shape[0], 1)
+        self.direction = torch.compile(self.eager_direction) if config.compile else self.eager_direction
 
     def reduce(self) -> list[Tensor]:
         """Returns [the gradients of this rank's share, summed over ranks], (share, rows, columns)."""
@@ -1288,30 +1957,58 @@ class MuonGroup:
         padding = [torch.zeros_like(gradients[0])] * (self.share * self.world.size - len(gradients))
         return [self.world.scatter_sum(torch.stack(gradients + padding))]
 
+    def eager_direction(self, momentum: Tensor) -> Tensor:
+        """Returns the orthogonalised direction of (n, rows, columns)."""
+        c = self.config
+        if c.muon_row_normalize:
+            momentum = momentum / momentum.norm(dim=2, keepdim=True).clamp_min(1e-7)
+        return orthogonalise(momentum, c.muon_backend_steps, c.muon_coefficients).to(momentum.dtype)
+
     def step(self, gradients: list[Tensor], knobs: Knobs, ok: Tensor) -> None:
         """Moves the weights; leaves them as they are where `ok` is 0."""
         (gradient,), momentum = gradients, self.state["momentum"]
         momentum.mul_(knobs.momentum).add_(gradient)
-        update = self.orthogonalise(gradient + knobs.momentum * momentum, self.config.muon_backend_steps, self.config.muon_coefficients)
+        update = self.direction(gradient + knobs.momentum * momentum)
+        if self.config.normuon_beta2:
+            update = self.equal_rows(update)
         rows, columns = update.shape[1:]
         rate = ok * (knobs.lr_scale * self.rule.lr)
-        updates = self.world.gather(update)[: len(self.parameters)].to(momentum.dtype) * (rate * max(1.0, rows / columns) ** 0.5)
-        weights = [parameter.data for parameter in self.parameters]
-        if self.rule.weight_decay:
-            torch._foreach_mul_(weights, 1 - rate * self.rule.weight_decay)
-        torch._foreach_sub_(weights, list(updates.unbind()))
+        updates = self.world.gather(update)[: len(self.parameters)] * max(1.0, rows / columns) ** 0.5
+        move([parameter.data for parameter in self.parameters], list(updates.unbind()), rate, knobs.weight_decay_scale * self.rule.weight_decay, self.config)
+
+    def equal_rows(self, update: Tensor) -> Tensor:
+        """Returns the update with rows that have lately been large made smaller and the others larger, at the same norm per matrix."""
+        squares = self.state["row_squares"]
+        squares.lerp_(update.square().mean(dim=2, keepdim=True), 1 - self.config.normuon_beta2)
+        scaled = update / (squares.sqrt() + 1e-8)
+        return scaled * (update.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp_min(1e-8))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns the state of every parameter by name, the same for any number of ranks. Every rank must call it."""
-        whole = self.world.gather(self.state["momentum"])
-        return {name: {"momentum": row.clone()} for name, row in zip(self.names, whole, strict=False)}
+        whole = {key: self.world.gather(tensor) for key, tensor in self.state.items()}
+        return {name: {key: tensor[row].clone() for key, tensor in whole.items()} for row, name in enumerate(self.names)}
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what `state_dict` returned."""
         mine = self.names[self.world.rank * self.share : (self.world.rank + 1) * self.share]
-        self.state["momentum"].zero_()
-        for row, name in zip(self.state["momentum"], mine, strict=False):
-            row.copy_(saved[name]["momentum"])
+        for key, tensor in self.state.items():
+            tensor.zero_()
+            for row, name in zip(tensor, mine, strict=False):
+                row.copy_(saved[name][key])
+
+
+def move(weights: list[Tensor], updates: list[Tensor], rate: Tensor, weight_decay: float, config: Config) -> None:
+    """Moves weights in place: w <- w - rate (update + weight_decay w).
+
+    Cautious decay spares the weights that the update makes larger: those whose sign is not the update's. Source: arXiv:2510.12402.
+    """
+    if weight_decay and config.cautious_weight_decay:
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(1 - rate * weight_decay * (weight * update > 0))
+    elif weight_decay:
+        torch._foreach_mul_(weights, 1 - rate * weight_decay)
+    torch._foreach_mul_(updates, rate)
+    torch._foreach_sub_(weights, updates)
 
 
 class AdamGroup:
@@ -1341,12 +2038,9 @@ class AdamGroup:
         torch._foreach_div_(roots, math.sqrt(1 - c.beta2**count))
         torch._foreach_add_(roots, c.adam_eps)
         updates = torch._foreach_div(first, roots)
+        torch._foreach_div_(updates, 1 - c.beta1**count)
         rate = ok * (knobs.lr_scale * self.rule.lr)
-        torch._foreach_mul_(updates, rate / (1 - c.beta1**count))
-        weights = [parameter.data for parameter in self.parameters]
-        if self.rule.weight_decay:
-            torch._foreach_mul_(weights, 1 - rate * self.rule.weight_decay)
-        torch._foreach_sub_(weights, updates)
+        move([parameter.data for parameter in self.parameters], list(updates), rate, knobs.weight_decay_scale * self.rule.weight_decay, c)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns the state of every parameter by name."""
@@ -1422,13 +2116,127 @@ class Optimizer:
             group.load_state_dict(saved)
 
 
+class Average:
+    """A running average of the weights, offered to it after every step. All of its state lies in `state`, one list of tensors a key, and `count`."""
+
+    def __init__(self, weights: list[Tensor], config: Config) -> None:
+        self.config = config
+        self.count = 0  # weights that went into the average
+        self.state: dict[str, list[Tensor]] = {"mean": [torch.zeros_like(weight) for weight in weights]}
+
+    def due(self, step: int, lr_scale: float) -> bool:
+        """Returns whether the weights after this step go into the average."""
+        raise NotImplementedError
+
+    def add(self, weights: list[Tensor]) -> None:
+        """Takes these weights into the average."""
+        raise NotImplementedError
+
+
+class ExponentialAverage(Average):
+    """EMA: weights w_1 .. w_n count in proportion to decay^(n - i). No start from the initial weights, hence no bias to them."""
+
+    def due(self, step: int, lr_scale: float) -> bool:
+        return True
+
+    def add(self, weights: list[Tensor]) -> None:
+        self.count += 1
+        decay = self.config.ema_decay
+        torch._foreach_lerp_(self.state["mean"], weights, (1 - decay) / (1 - decay**self.count))
+
+
+class LatestAverage(Average):
+    """LAWA: the mean of the last LAWA_K weights, taken every LAWA_EVERY steps. Source: arXiv:2209.14981."""
+
+    def __init__(self, weights: list[Tensor], config: Config) -> None:
+        super().__init__(weights, config)
+        self.state["kept"] = [weight.new_zeros(config.lawa_k, *weight.shape) for weight in weights]
+
+    def due(self, step: int, lr_scale: float) -> bool:
+        return step % self.config.lawa_every == 0
+
+    def add(self, weights: list[Tensor]) -> None:
+        slot = self.count % self.config.lawa_k
+        self.count += 1
+        filled = min(self.count, self.config.lawa_k)
+        for kept, mean, weight in zip(self.state["kept"], self.state["mean"], weights, strict=True):
+            kept[slot] = weight
+            mean.copy_(kept[:filled].mean(dim=0))
+
+
+class TightAverage(Average):
+    """SWA: the mean of all weights taken every SWA_EVERY steps once the learning rate is at most SWA_START_LR_SCALE. Source: arXiv:1803.05407."""
+
+    def due(self, step: int, lr_scale: float) -> bool:
+        return lr_scale <= self.config.swa_start_lr_scale and step % self.config.swa_every == 0
+
+    def add(self, weights: list[Tensor]) -> None:
+        self.count += 1
+        torch._foreach_lerp_(self.state["mean"], weights, 1 / self.count)
+
+
+class Averages:
+    """The averages in use, each of the one before it: EMA of the weights, LAWA of that, SWA of that."""
+
+    def __init__(self, model: GPT, config: Config) -> None:
+        self.parameters = dict(model.named_parameters())
+        weights = self.weights()
+        kinds = ((ExponentialAverage, config.ema_decay), (LatestAverage, config.lawa_k), (TightAverage, config.swa_every))
+        self.chain = [kind(weights, config) for kind, used in kinds if used]
+
+    def weights(self) -> list[Tensor]:
+        """Returns the weights as training left them."""
+        return [parameter.data for parameter in self.parameters.values()]
+
+    def update(self, step: int, lr_scale: float) -> None:
+        """Offers the weights after step `step` to every average."""
+        weights = self.weights()
+        for average in self.chain:
+            if average.due(step, lr_scale):
+                average.add(weights)
+            weights = average.state["mean"] if average.count else weights
+
+    def apply(self) -> None:
+        """Replaces the weights of the model by their average, where one has begun."""
+        begun = [average for average in self.chain if average.count]
+        if begun:
+            torch._foreach_copy_(self.weights(), begun[-1].state["mean"])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has its averaged weights inside, and its own again afterwards."""
+        before = [weight.clone() for weight in self.weights()] if self.chain else []
+        self.apply()
+        try:
+            yield
+        finally:
+            if before:
+                torch._foreach_copy_(self.weights(), before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns every average's count and state, by the parameters' names."""
+        saved: dict[str, Any] = {}
+        for average in self.chain:
+            named = {key: dict(zip(self.parameters, tensors, strict=True)) for key, tensors in average.state.items()}
+            saved[type(average).__name__] = {"count": average.count, **named}
+        return saved
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        for average in self.chain:
+            entry = saved[type(average).__name__]
+            average.count = entry["count"]
+            for key, tensors in average.state.items():
+                torch._foreach_copy_(tensors, [entry[key][name] for name in self.parameters])
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
 # evaluation only the callback `validate`.
 
-CHECKPOINT_VERSION, DIGEST_BYTES = 1, 16
+CHECKPOINT_VERSION, DIGEST_BYTES = 2, 16
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
 
@@ -1452,19 +2260,30 @@ class TrainingState(NamedTuple):
 
     model: GPT
     optimizer: Optimizer
+    averages: Averages
     loader: TrainLoader
 
     def save(self) -> dict[str, Any]:
         """Returns a copy on the CPU. Every rank must call it."""
-        weights = {name: parameter.detach().cpu().clone() for name, parameter in self.model.named_parameters()}
-        moments = {name: {key: value.cpu() for key, value in state.items()} for name, state in self.optimizer.state_dict().items()}
-        return {"model": weights, "optimizer": moments, "loader": dict(self.loader.state)}
+        live = {
+            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
+            "optimizer": self.optimizer.state_dict(), "averages": self.averages.state_dict(), "loader": self.loader.state,
+        }  # fmt: skip
+        return cpu_copy(live)
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restores what `save` returned."""
         load_weights(self.model, saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.averages.load_state_dict(saved["averages"])
         self.loader.state = dict(saved["loader"])
+
+
+def cpu_copy(content: Any) -> Any:
+    """Returns a copy of nested dictionaries, their tensors on the CPU."""
+    if isinstance(content, dict):
+        return {key: cpu_copy(value) for key, value in content.items()}
+    return content.detach().cpu().clone() if isinstance(content, Tensor) else content
 
 
 def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
@@ -1549,24 +2368,24 @@ class HostCopy:
         return loss, grad_norm
 
 
-def rows_per_forward(config: Config, seq_len: int, ranks: int) -> int:
+def rows_per_forward(config: Config, phase: Phase, ranks: int) -> int:
     """Returns the rows of a micro-batch: the most that MICRO_BATCH_TOKENS allows and that divide a rank's share of the batch evenly."""
-    rows = config.train_batch_tokens // seq_len
+    rows = phase.batch_tokens // phase.seq_len
     if rows % ranks:
-        raise ValueError(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens} is {rows} rows of {seq_len} tokens, which {ranks} ranks cannot share evenly")
+        raise ValueError(f"a batch of {phase.batch_tokens} tokens is {rows} rows of {phase.seq_len} tokens, which {ranks} ranks cannot share evenly")
     share = rows // ranks
-    most = min(share, config.micro_batch_tokens // seq_len)
+    most = min(share, config.micro_batch_tokens // phase.seq_len)
     return next(count for count in range(most, 0, -1) if share % count == 0)
 
 
 def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: TrainLoader, knobs: Knobs) -> StepStats:
     """Returns the statistics of one step over the whole batch. Its result does not depend on how rows are spread over ranks and micro-batches."""
-    config, world, seq_len = loader.config, optimizer.world, knobs.phase.seq_len
-    rows = loader.next_rows(config.train_batch_tokens // seq_len, seq_len, world)
+    world, phase = optimizer.world, knobs.phase
+    rows = loader.next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, world)
     loss = torch.zeros((), device=world.device)
-    for part in rows.split(rows_per_forward(config, seq_len, world.size)):
-        nats = forward(part[:, :-1], part[:, 1:], knobs.phase)
-        share = nats.sum() / config.train_batch_tokens
+    for part in rows.split(rows_per_forward(loader.config, phase, world.size)):
+        nats = forward(part[:, :-1], part[:, 1:], phase)
+        share = nats.sum() / phase.batch_tokens
         share.backward()
         loss += share.detach()
     return optimizer.step(loss, knobs)
@@ -1583,7 +2402,7 @@ def warm_up(run: Run, forward: Callable[..., Tensor], state: TrainingState, sche
     for number, phase in enumerate(phases, 1):
         for step in range(steps):
             run.log.progress(f"warm-up step {step + 1} of {steps}, phase {number} of {len(phases)}")
-            training_step(forward, state.optimizer, state.loader, Knobs(phase, 1.0, run.config.muon_momentum))
+            training_step(forward, state.optimizer, state.loader, Knobs(phase, 1.0, run.config.muon_momentum, 1.0))
     state.load(before)
     synchronise(run.world)
     run.log.note(f"warm-up: steps {steps}, phases {len(phases)}, {time.perf_counter() - began:.1f} s, then undone")
@@ -1600,7 +2419,26 @@ class Trained(NamedTuple):
 
     steps: int
     seconds: float
+    tokens: int
     score: Score  # of the trained weights, before quantisation
+
+
+class Pace:
+    """Seconds a step, over about the last fifty: a later phase may be slower than the mean of all before it."""
+
+    MEMORY_STEPS = 50
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.count, self.seconds = 0, seconds
+        self.step_seconds = seconds / max(step, 1)
+
+    def update(self, seconds: float) -> float:
+        """Returns the pace after a step at whose end the clock read `seconds`; 0 before the first."""
+        if seconds > self.seconds:
+            self.count = min(self.count + 1, self.MEMORY_STEPS)
+            self.step_seconds += (seconds - self.seconds - self.step_seconds) / self.count
+        self.seconds = seconds
+        return self.step_seconds
 
 
 class Trainer:
@@ -1610,13 +2448,13 @@ class Trainer:
         """`validate` scores the model it is given on the whole validation split."""
         self.run = run
         self.forward: Callable[..., Tensor] = torch.compile(model, fullgraph=True, dynamic=False) if run.config.compile else model
-        self.state = TrainingState(model, Optimizer(model, run.config, run.world), loader)
+        self.state = TrainingState(model, Optimizer(model, run.config, run.world), Averages(model, run.config), loader)
         self.schedule = Schedule(run.config)
         self.score_now = validate
         self.step = 0
         self.clock = Clock()
-        self.logged = (0, 0.0)  # step and seconds of the last log line
-        self.in_flight: tuple[int, float, HostCopy, Knobs] | None = None  # step, seconds when it was queued, its numbers, its knobs
+        self.logged = (0, 0.0, 0)  # step, seconds and tokens at the last log line
+        self.in_flight: tuple[int, float, int, HostCopy, Knobs] | None = None  # step, seconds and tokens when it was queued, its numbers, its knobs
 
     def train(self) -> Trained:
         """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
@@ -1630,6 +2468,8 @@ class Trainer:
             except Diverged:
                 self.keep_last_good_state()
                 raise
+            if finished:
+                self.state.averages.apply()
             write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=finished)
             signals.deferred = False
             if any(world.gather_objects(signals.received is not None)):
@@ -1638,18 +2478,19 @@ class Trainer:
                 raise SystemExit(128 + number)
         peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB" if world.device.type == "cuda" else ""
         self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights saved in checkpoint.pt")
-        return Trained(self.step, self.clock.seconds(), self.validate())
+        return Trained(self.step, self.clock.seconds(), self.state.loader.state["tokens"], self.validate())
 
     def loop(self) -> bool:
         """Runs steps until the end, or until a signal; returns whether it was the end."""
-        config, world = self.run.config, self.run.world
+        config, world, state = self.run.config, self.run.world, self.state
         link = ControlLink(world, Control(self.clock.seconds(), stop=False))
         phase: Phase | None = None
-        self.logged = (self.step, self.clock.seconds())
+        pace = Pace(self.step, self.clock.seconds())
+        self.logged = (self.step, self.clock.seconds(), state.loader.state["tokens"])
         self.clock.start()
         while True:
             control = link.exchange(self.clock.seconds(), self.run.signals.received is not None)
-            step_seconds = control.seconds / max(self.step - 1, 1)
+            step_seconds = pace.update(control.seconds)
             late = 0 < config.max_wallclock_seconds < control.seconds + STEPS_IN_FLIGHT * step_seconds
             if control.stop or late or self.step == config.iterations:
                 break
@@ -1657,10 +2498,11 @@ class Trainer:
             if knobs.phase != phase:
                 phase = knobs.phase
                 self.run.log.event("phase", step=self.step, **asdict(phase))
-            stats = training_step(self.forward, self.state.optimizer, self.state.loader, knobs)
+            stats = training_step(self.forward, state.optimizer, state.loader, knobs)
             self.step += 1
+            state.averages.update(self.step, knobs.lr_scale)
             self.report()
-            self.in_flight = (self.step, self.clock.seconds(), HostCopy(stats), knobs)
+            self.in_flight = (self.step, self.clock.seconds(), state.loader.state["tokens"], HostCopy(stats), knobs)
             checkpoint_due = config.checkpoint_every and self.step % config.checkpoint_every == 0
             validation_due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step < config.iterations
             if world.device.type != "cuda" or checkpoint_due or validation_due:
@@ -1678,7 +2520,7 @@ class Trainer:
         """Reads the numbers of the step in flight, if any, and logs them when their turn has come. Raises Diverged when they are not finite."""
         if self.in_flight is None:
             return
-        (step, seconds, numbers, knobs), self.in_flight = self.in_flight, None
+        (step, seconds, tokens, numbers, knobs), self.in_flight = self.in_flight, None
         loss, grad_norm = numbers.read()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}; that step was not applied. Try a lower learning rate or GRAD_CLIP_NORM=1")
@@ -1689,22 +2531,23 @@ class Trainer:
             remaining = min(remaining, max(config.max_wallclock_seconds - seconds, 0.0))
         event = {
             "step": step, "steps": config.iterations, "train_loss": loss, "grad_norm": grad_norm, "lr_scale": knobs.lr_scale,
-            "step_ms": 1000 * elapsed / max(steps, 1), "tokens_per_second": config.train_batch_tokens * steps / max(elapsed, 1e-9),
+            "step_ms": 1000 * elapsed / max(steps, 1), "tokens_per_second": (tokens - self.logged[2]) / max(elapsed, 1e-9),
             "train_seconds": seconds, "remaining_seconds": remaining,
         }
         if step % config.train_log_every == 0 or step in (1, config.iterations):
             self.run.log.event("step", **event)
-            self.logged = (step, seconds)
+            self.logged = (step, seconds, tokens)
         else:
             self.run.log.progress(step_line(event))
 
     def validate(self) -> Score:
-        """Returns the score of the weights as they are; the clock does not count it."""
+        """Returns the score of the weights, averaged if they are to be; the clock does not count it."""
         synchronise(self.run.world)
         running = self.clock.started is not None
         if running:
             self.clock.pause()
-        score = self.score_now(self.forward)
+        with self.state.averages.applied():
+            score = self.score_now(self.forward)
         self.run.log.event("val", step=self.step, train_seconds=self.clock.seconds(), **score._asdict())
         if running:
             self.clock.start()
@@ -1740,7 +2583,7 @@ class Trainer:
 # Owns the file that is scored, its reader, and the size of the packed script. Layout: magic, version, header length, header (JSON: model
 # settings, scheme, coder, per role its bits and coded bytes), coded roles, digest of all before. Nothing in it is executed.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 2
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 16, 1 << 31
 
 
@@ -1991,6 +2834,13 @@ H100_PEAK_FLOPS = 989e12
 PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, from its log
 
 
+def matrix_weights(module: nn.Module) -> int:
+    """Returns how many weights of `module` every token is multiplied with: those of matrices, and of the embedding as the head."""
+    embeddings = [part for part in module.modules() if isinstance(part, Embedding)]
+    head = sum(part.table.weight.numel() + (part.widen.weight.numel() if part.widen else 0) for part in embeddings)
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear)) + head
+
+
 def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     """Returns what a configuration costs, without allocating it: parameters, layer orders, FLOPs, predicted bytes, time."""
     with torch.device("meta"):
@@ -2004,10 +2854,10 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     code = code_bytes(source)
     phases = []
     for phase in Schedule(config).phases():
-        matrices = sum(p.numel() for layer in phase.order for m in model.blocks[layer].modules() if isinstance(m, Linear) for p in m.parameters())
+        matrices = matrix_weights(model) - matrix_weights(model.blocks) + sum(matrix_weights(model.blocks[layer]) for layer in phase.order)
         attention = 2 * len(phase.order) * config.model_dim * (phase.seq_len + 1) // 2  # multiply-adds of scores and mix, mean causal context
-        forward = 2 * (matrices + config.vocab_size * config.model_dim + attention)
-        seconds = 3 * forward * config.train_batch_tokens / (ranks * H100_PEAK_FLOPS * PUBLIC_MFU)
+        forward = 2 * (matrices + attention)
+        seconds = 3 * forward * phase.batch_tokens / (ranks * H100_PEAK_FLOPS * PUBLIC_MFU)
         steps = min(config.iterations, int(config.max_wallclock_seconds / seconds)) if config.max_wallclock_seconds else config.iterations
         phases.append({**asdict(phase), "train_flops_per_token": 3 * forward, "estimated_step_ms": 1000 * seconds, "estimated_steps": steps})
     total = sum(int(row["predicted_bytes"]) for row in table) + code
@@ -2114,7 +2964,8 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     config, checkpoint, artifact = stage_inputs(config)
     loader = None
     if "train" in stages:
-        rows_per_forward(config, config.train_seq_len, world.size)  # refuses a batch that the ranks cannot share
+        for phase in Schedule(config).phases():
+            rows_per_forward(config, phase, world.size)  # refuses a batch that the ranks cannot share
         loader = TrainLoader(config)
     val = load_val(config) if stages != ["export"] else None
 
@@ -2159,7 +3010,7 @@ def result_event(
         "steps": trained.steps if trained else None, "train_seconds": trained.seconds if trained else None,
         "eval_seconds": sum(score.seconds for score in scores.values()) if scores else None,
         "step_ms": 1000 * step_seconds if step_seconds else None,
-        "tokens_per_second": config.train_batch_tokens / step_seconds if step_seconds else None,
+        "tokens_per_second": trained.tokens / trained.seconds if trained and trained.seconds else None,
         "val_loss": final.val_loss if final else None, "val_bpb": final.val_bpb if final else None,
         "pre_quant_val_bpb": trained.score.val_bpb if trained else None,
         "quant_val_bpb": scores["chunked"].val_bpb if scores else None,

@@ -303,10 +303,45 @@ def test_row_length_may_change_between_batches(numbered: Path) -> None:
         assert torch.equal(rows, again.next_rows(6, seq_len, ALONE)), "a change of length is a function of the state"
 
 
-def test_another_row_length_starts_the_shard_again(numbered: Path) -> None:
+def test_another_row_length_goes_on_with_the_next_shard(numbered: Path) -> None:
     loader = loader_of(numbered, DATA_SHUFFLE=0)
-    firsts = [loader.next_rows(4, seq_len, ALONE)[:, 0].tolist() for seq_len in (32, 32, 100, 100)]
-    assert firsts == [[0, 32, 64, 96], [128, 160, 192, 224], [0, 100, 200, 300], [400, 500, 600, 700]]
+    firsts = [loader.next_rows(4, seq_len, ALONE)[:, 0].tolist() for seq_len in (32, 32, 100, 100, 16)]
+    assert firsts[:2] == [[0, 32, 64, 96], [128, 160, 192, 224]]
+    assert firsts[2:4] == [[1020, 1120, 1220, 1353], [1453, 1553, 1653, 1753]], "the second shard has no row of 100; a batch may span two shards"
+    assert firsts[4] == [0, 16, 32, 48] and loader.state["passes"] == 1, "after the last shard comes the first, in a new pass"
+
+
+@pytest.mark.parametrize("shuffle", [0, 1])
+def test_another_row_length_is_a_new_pass_where_there_is_one_shard(shuffle: int, tmp_path: Path) -> None:
+    shards.write_shard(tmp_path / "a_train_0.bin", np.arange(1000))
+    loader, passes = loader_of(tmp_path, DATA_SHUFFLE=shuffle), []
+    for seq_len in (32, 32, 64, 64, 32):
+        assert loader.next_rows(4, seq_len, ALONE).shape == (4, seq_len + 1)
+        passes.append((loader.state["passes"], loader.state["row"]))
+    assert passes == [(0, 4), (0, 8), (1, 4), (1, 8), (2, 4)]
+
+
+@pytest.mark.parametrize("shuffle", [0, 1])
+def test_no_row_length_sees_the_rows_of_a_shard_twice_in_a_pass(shuffle: int, tmp_path: Path) -> None:
+    for index in range(6):
+        shards.write_shard(tmp_path / f"a_train_{index}.bin", np.arange(300 * index, 300 * (index + 1)))
+    loader = loader_of(tmp_path, DATA_SHUFFLE=shuffle)
+    rows = [loader.next_rows(count, seq_len, ALONE)[:, :-1].flatten() for count, seq_len in ((5, 32), (7, 64), (10, 16))]
+    assert loader.state["passes"] == 0
+    seen = torch.cat(rows).tolist()
+    assert len(seen) == len(set(seen)) == loader.state["tokens"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_changes_the_row_length_and_counts_tokens_alike(ranks: int, numbered: Path) -> None:
+    alone, *loaders = (loader_of(numbered) for _ in range(1 + ranks))
+    counted = 0
+    for num_rows, seq_len in ((8, 32), (4, 64), (12, 64), (4, 100), (8, 16), (8, 32)) * 3:
+        shares = [loader.next_rows(num_rows, seq_len, rank_of(rank, ranks)) for rank, loader in enumerate(loaders)]
+        assert torch.equal(torch.cat(shares), alone.next_rows(num_rows, seq_len, ALONE))
+        counted += num_rows * seq_len
+        assert all(loader.state == alone.state for loader in loaders) and alone.state["tokens"] == counted
+    assert alone.state["passes"] > 1
 
 
 @pytest.mark.parametrize("shuffle", [0, 1])

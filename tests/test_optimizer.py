@@ -13,17 +13,18 @@ import pytest
 import torch
 from conftest import lively_model, small_config, tiny_arguments
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from train_gpt import AdamGroup, Config, Knobs, MuonGroup, Optimizer, Phase, RoleRule, TrainingState, World, orthogonalise
+from train_gpt import AdamGroup, Averages, Config, Knobs, MuonGroup, Optimizer, Phase, RoleRule, Schedule, TrainingState, World, orthogonalise
 
 ALONE = World("cpu")
 OK = torch.ones((), dtype=torch.float64)
 BETA1 = Config.beta1
 
 
-def knobs(lr_scale: float = 1.0, momentum: float = 0.9) -> Knobs:
-    return Knobs(Phase((0,), 16), lr_scale, momentum)
+def knobs(lr_scale: float = 1.0, momentum: float = 0.9, weight_decay_scale: float = 1.0) -> Knobs:
+    return Knobs(Phase((0,), 16), lr_scale, momentum, weight_decay_scale)
 
 
 # Orthogonalisation
@@ -96,6 +97,156 @@ def test_orthogonalise_does_not_depend_on_scale(scale: float, tolerance: float) 
     torch.testing.assert_close(orthogonalise(scale * matrix, 5, "polar_express"), expected, rtol=0, atol=tolerance)
 
 
+# Any spectrum, both forms of the iteration
+
+
+def decaying(exponent: float) -> Callable[[int, int], Tensor]:
+    """A function that makes a matrix whose k-th singular value is k^-exponent."""
+
+    def make_matrix(rows: int, columns: int) -> Tensor:
+        left, values, right = torch.linalg.svd(gaussian(rows, columns), full_matrices=False)
+        return left * torch.arange(1, len(values) + 1, dtype=torch.float64) ** -exponent @ right
+
+    return make_matrix
+
+
+def gaussian(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns), dtype=torch.float64)
+
+
+def rank_4(rows: int, columns: int) -> Tensor:
+    return gaussian(rows, 4) @ gaussian(4, columns)
+
+
+# Name -> how it is made, and how far apart the two forms may be in float32, in Frobenius norm. The Gram matrix has an error of 6e-8 of its
+# largest value, which is all there is of the directions whose singular values are under 3e-4 of the largest; the factor there is up to 990,
+# and enters squared. Without such directions: measured 2.3e-5 at most, with them 3.0e-3.
+SPECTRA: dict[str, tuple[Callable[[int, int], Tensor], float]] = {
+    "gaussian": (gaussian, 1e-4), "root": (decaying(0.5), 1e-4), "first_power": (decaying(1), 1e-4),
+    "square": (decaying(2), 1e-2), "fourth_power": (decaying(4), 1e-2), "rank_4": (rank_4, 1e-2),
+}  # fmt: skip
+ASPECTS = {"square": (48, 48), "plain_wide": (48, 64), "plain_tall": (64, 48), "gram_edge": (48, 72), "gram_wide": (48, 160), "gram_tall": (160, 48)}
+every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
+every_aspect = pytest.mark.parametrize("shape", ASPECTS.values(), ids=ASPECTS)
+PLAIN_FORM, GRAM_FORM = math.inf, 1.0
+
+
+def upper_bound(steps: int) -> float:
+    """The largest value that the polynomials reach from any singular value that the scaled input can have."""
+    safety, polynomials = train_gpt.POLYNOMIALS["polar_express"]
+    values = torch.linspace(0, 1 / safety, 1_000_001, dtype=torch.float64)
+    for a, b, c in polynomials[:steps]:
+        values = a * values + b * values**3 + c * values**5
+    return float(values.max())
+
+
+@every_aspect
+@every_spectrum
+@pytest.mark.parametrize("steps", [4, 5])
+def test_no_input_goes_over_the_bound_of_the_polynomials_and_all_keep_their_singular_vectors(steps: int, spectrum: str, shape: tuple[int, int]) -> None:
+    """To 1e-10: float64 rounds the Gram matrix to 1e-16, and small singular values are multiplied by up to 990, in the Gram form squared."""
+    matrix = SPECTRA[spectrum][0](*shape)
+    result = orthogonalise(matrix[None], steps, "polar_express")[0]
+    assert torch.linalg.svdvals(result).max() <= upper_bound(steps) + 1e-10
+    torch.testing.assert_close(result, by_singular_values(matrix, steps, "polar_express"), rtol=0, atol=1e-10)
+
+
+def test_the_bounds_are_those_that_the_other_tests_name() -> None:
+    assert [round(upper_bound(steps), 4) for steps in (4, 5)] == [1.5755, 1.1411]
+
+
+@every_aspect
+@pytest.mark.parametrize(("steps", "low", "high"), [(5, 0.855, 1.145), (4, 0.42, 1.58)])
+def test_a_gaussian_matrix_comes_as_close_to_its_polar_factor_as_the_steps_allow(steps: int, low: float, high: float, shape: tuple[int, int]) -> None:
+    matrix = gaussian(*shape)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalise(matrix[None], steps, "polar_express")[0]
+    singular = torch.linalg.svdvals(result)
+    assert low <= singular.min() and singular.max() <= high
+    assert torch.linalg.matrix_norm(result - left @ right, ord=2) <= max(1 - low, high - 1)
+
+
+def in_form(monkeypatch: pytest.MonkeyPatch, form: float, matrices: Tensor, steps: int = 5) -> Tensor:
+    """What `orthogonalise` returns where it is made to take one form, whatever the shape."""
+    monkeypatch.setattr(train_gpt, "GRAM_ASPECT", form)
+    return orthogonalise(matrices, steps, "polar_express")
+
+
+@every_aspect
+@every_spectrum
+def test_both_forms_of_the_iteration_agree(monkeypatch: pytest.MonkeyPatch, spectrum: str, shape: tuple[int, int]) -> None:
+    make_matrix, float32_tolerance = SPECTRA[spectrum]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, float32_tolerance)):
+        matrices = make_matrix(*shape)[None].to(dtype)
+        plain, gram = (in_form(monkeypatch, form, matrices) for form in (PLAIN_FORM, GRAM_FORM))
+        assert gram.dtype == dtype
+        assert 0 < (gram - plain).norm() <= tolerance * plain.norm()
+
+
+@every_spectrum
+@pytest.mark.parametrize("shape", [(48, 160), (160, 48)], ids=["wide", "tall"])
+def test_bfloat16_input_as_on_a_gpu_stays_bounded(spectrum: str, shape: tuple[int, int]) -> None:
+    """1.1411 in exact arithmetic, and what rounding the factor to bfloat16 adds: up to 2^-9 of each entry, and again when it has been applied.
+
+    Measured 1.76 at most (fourth power); the worst that rounding could do is computed for each matrix.
+    """
+    matrices = SPECTRA[spectrum][0](*shape)[None].bfloat16()
+    result = orthogonalise(matrices, 5, "polar_express")
+    assert result.dtype == torch.bfloat16
+    x = matrices.transpose(1, 2) if shape[0] > shape[1] else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
+    factor = train_gpt.gram_factor(x.double() @ x.double().mT, train_gpt.POLYNOMIALS["polar_express"][1])
+    rounding = 2**-9 * (torch.linalg.matrix_norm(factor.abs(), ord=2) + result.double().norm())
+    largest = torch.linalg.svdvals(result.double()).max()
+    assert largest <= upper_bound(5) + rounding.item() + 1e-2  # float32 in the Gram form, as above
+    assert largest < 1.8
+
+
+@pytest.mark.parametrize("spectrum", ["square", "fourth_power", "rank_4"])
+def test_the_gram_iteration_in_bfloat16_would_explode(spectrum: str) -> None:
+    """Why the Gram matrix is kept in float32: the same iteration from the same bfloat16 input, with the Gram matrix in either type."""
+    x = SPECTRA[spectrum][0](48, 160)[None].bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-7)
+    polynomials = train_gpt.POLYNOMIALS["polar_express"][1]
+    largest = [
+        torch.linalg.svdvals((train_gpt.gram_factor(kept @ kept.mT, polynomials).to(x.dtype) @ x).double()).max() for kept in (x.float(), x)
+    ]  # fmt: skip
+    assert largest[0] < 1.8
+    assert largest[1] > 1e6
+
+
+def flops(shape: tuple[int, int], steps: int = 5) -> int:
+    """Floating-point operations of `orthogonalise`, counted by PyTorch without doing them."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalise(torch.empty(1, *shape, device="meta"), steps, "polar_express")
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [(2048, 512), (512, 2048)])
+@pytest.mark.parametrize("steps", [4, 5])
+def test_the_gram_form_needs_a_fifth_fewer_operations_on_long_matrices(monkeypatch: pytest.MonkeyPatch, steps: int, shape: tuple[int, int]) -> None:
+    """A plain step costs two products with the matrix and one of its Gram matrix, 2 * 512^2 * (2 * 2048 + 512) operations."""
+    ours = flops(shape, steps)
+    monkeypatch.setattr(train_gpt, "GRAM_ASPECT", PLAIN_FORM)
+    assert flops(shape, steps) == steps * 2 * 512**2 * (2 * 2048 + 512)
+    assert ours <= 0.8 * flops(shape, steps)
+
+
+@pytest.mark.parametrize(("short", "long", "form"), [(64, 64, PLAIN_FORM), (64, 95, PLAIN_FORM), (64, 96, GRAM_FORM), (64, 97, GRAM_FORM)])
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_form_is_chosen_by_the_ratio_of_the_sides_and_is_never_the_dearer_one(
+    monkeypatch: pytest.MonkeyPatch, tall: bool, short: int, long: int, form: float
+) -> None:
+    shape = (long, short) if tall else (short, long)
+    real, calls = train_gpt.gram_factor, []
+    monkeypatch.setattr(train_gpt, "gram_factor", lambda *args: calls.append(args) or real(*args))
+    ours = flops(shape)
+    assert bool(calls) == (form == GRAM_FORM)
+    for forced in (PLAIN_FORM, GRAM_FORM):
+        monkeypatch.setattr(train_gpt, "GRAM_ASPECT", forced)
+        assert ours <= flops(shape)
+
+
 # Groups against references
 
 
@@ -131,23 +282,110 @@ def test_adam_group_equals_torch_adamw(weight_decay: float) -> None:
         torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8)], ids=["wide", "tall"])
+MUON_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rows": {"muon_row_normalize": True},
+    "normuon": {"normuon_beta2": 0.9},
+    "cautious": {"cautious_weight_decay": True},
+    "all": {"muon_row_normalize": True, "normuon_beta2": 0.7, "cautious_weight_decay": True},
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_group_equals_a_reference_that_takes_one_matrix_at_a_time(weight_decay: float, shape: tuple[int, int]) -> None:
-    """Nesterov momentum, orthogonalised by singular values, times sqrt(max(1, rows / columns)), decoupled weight decay."""
-    group, ours = group_of(MuonGroup, [shape] * 3, RoleRule("muon", 0.05, weight_decay, 8), muon_backend_steps=4)
+@pytest.mark.parametrize("options", MUON_OPTIONS.values(), ids=MUON_OPTIONS)
+def test_muon_group_equals_a_reference_that_takes_one_matrix_at_a_time(options: dict[str, Any], weight_decay: float, shape: tuple[int, int]) -> None:
+    """Nesterov momentum, rows at equal norm, orthogonalised by singular values, NorMuon, times sqrt(max(1, rows / columns)), decoupled weight decay."""
+    group, ours = group_of(MuonGroup, [shape] * 3, RoleRule("muon", 0.05, weight_decay, 8), muon_backend_steps=4, **options)
     weights = [parameter.detach().clone() for parameter in ours]
     buffers = [torch.zeros(shape, dtype=torch.float64) for _ in ours]
+    squares = [torch.zeros(shape[0], dtype=torch.float64) for _ in ours]
     for step in range(5):
         gradients = [well_conditioned(*shape, seed=10 * step + index) for index in range(3)]
         lr_scale, momentum = 1 - step / 10, 0.8 + step / 50
         for index, gradient in enumerate(gradients):
             buffers[index] = momentum * buffers[index] + gradient
-            update = by_singular_values(gradient + momentum * buffers[index], 4, "polar_express") * max(1, shape[0] / shape[1]) ** 0.5
-            weights[index] = (1 - 0.05 * lr_scale * weight_decay) * weights[index] - 0.05 * lr_scale * update
+            nesterov = gradient + momentum * buffers[index]
+            if "muon_row_normalize" in options:
+                nesterov = torch.stack([row / row.norm() for row in nesterov])
+            update = by_singular_values(nesterov, 4, "polar_express")
+            if "normuon_beta2" in options:
+                beta2 = options["normuon_beta2"]
+                squares[index] = beta2 * squares[index] + (1 - beta2) * torch.stack([row.square().mean() for row in update])
+                evened = torch.stack([row / square.sqrt() for row, square in zip(update, squares[index], strict=True)])
+                update = evened * update.norm() / evened.norm()
+            update = update * max(1, shape[0] / shape[1]) ** 0.5
+            decayed = 0.05 * lr_scale * weight_decay * weights[index]
+            if "cautious_weight_decay" in options:
+                decayed[weights[index].sign() != update.sign()] = 0
+            weights[index] = weights[index] - decayed - 0.05 * lr_scale * update
         apply_gradients(group, gradients, knobs(lr_scale, momentum))
+    # NorMuon adds 1e-8 to roots of about 0.2: 5e-8 of it, nearly the same in every row, so that the norm takes it away again.
+    tolerance = 1e-8 if "normuon_beta2" in options else 1e-11
     for our, expected in zip(ours, weights, strict=True):
-        torch.testing.assert_close(our.data, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(our.data, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8)], ids=["wide", "tall"])
+def test_with_row_normalisation_the_size_of_a_row_of_the_gradient_does_not_matter(shape: tuple[int, int]) -> None:
+    group, _ = group_of(MuonGroup, [shape], RoleRule("muon", 0.05, 0.0, 8), muon_row_normalize=True)
+    plain, _ = group_of(MuonGroup, [shape], RoleRule("muon", 0.05, 0.0, 8))
+    matrices = well_conditioned(*shape)[None]
+    resized = matrices * torch.logspace(-2, 2, shape[0], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(group.direction(resized), group.direction(matrices), rtol=0, atol=1e-12)
+    assert (plain.direction(resized) - plain.direction(matrices)).norm() > 0.1
+    resized[0, 3] = 0
+    assert group.direction(resized).isfinite().all() and (group.direction(resized)[0, 3] == 0).all()
+
+
+def test_normuon_keeps_the_norm_of_each_matrix_and_makes_its_rows_more_equal() -> None:
+    settings: dict[str, Any] = {"rule": RoleRule("muon", 1.0, 0.0, 8), "shapes": [(30, 10)] * 2}
+    moved = {}
+    for beta2 in (0.0, 0.9):
+        group, parameters = group_of(MuonGroup, **settings, normuon_beta2=beta2)
+        for seed in range(6):
+            before = [parameter.detach().clone() for parameter in parameters]
+            rows = torch.linspace(0.1, 2, 30, dtype=torch.float64)[:, None]
+            apply_gradients(group, [rows * well_conditioned(30, 10, seed=2 * seed + index) for index in range(2)], knobs())
+        moved[beta2] = torch.stack([old - new.data for old, new in zip(before, parameters, strict=True)])
+    torch.testing.assert_close(moved[0.9].norm(dim=(1, 2)), moved[0.0].norm(dim=(1, 2)), rtol=1e-12, atol=0)
+    spread = {beta2: (rows.std(dim=1) / rows.mean(dim=1)).max() for beta2, rows in ((beta2, moved[beta2].norm(dim=2)) for beta2 in moved)}
+    assert spread[0.9] < 0.5 * spread[0.0]
+
+
+def test_normuon_of_a_zero_gradient_moves_nothing() -> None:
+    group, parameters = group_of(MuonGroup, [(6, 4)] * 2, RoleRule("muon", 0.1, 0.0, 8), normuon_beta2=0.9, muon_row_normalize=True)
+    before = [parameter.detach().clone() for parameter in parameters]
+    apply_gradients(group, [torch.zeros(6, 4, dtype=torch.float64)] * 2, knobs())
+    torch.testing.assert_close([parameter.data for parameter in parameters], before, rtol=0, atol=0)
+
+
+class Rank(World):
+    """One of several ranks, without the others: enough for what a group does on its own."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__("cpu")
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+def test_the_state_of_muon_is_shared_out_over_any_number_of_ranks(size: int) -> None:
+    """Three ranks hold two, two and one of five matrices; of eight ranks three hold none."""
+    settings = small_config(normuon_beta2=0.9)
+    rule = RoleRule("muon", 0.1, 0.0, 8)
+    group, parameters = group_of(MuonGroup, [(6, 4)] * 5, rule, normuon_beta2=0.9)
+    apply_gradients(group, [well_conditioned(6, 4, seed=seed) for seed in range(5)], knobs())
+    saved = group.state_dict()
+    assert all(set(state) == {"momentum", "row_squares"} and (state["row_squares"] > 0).all() for state in saved.values())
+    ranks = [MuonGroup(group.names, parameters, rule, settings, Rank(rank, size)) for rank in range(size)]
+    for each in ranks:
+        each.state["momentum"].fill_(7.0)
+        each.state["row_squares"].fill_(7.0)
+        each.load_state_dict(saved)
+    for key in ("momentum", "row_squares"):
+        together = torch.cat([each.state[key] for each in ranks])
+        torch.testing.assert_close(list(together[:5]), [state[key] for state in saved.values()], rtol=0, atol=0)
+        assert (together[5:] == 0).all(), "what fills up the last share"
 
 
 @pytest.mark.parametrize(("kind", "role"), [(MuonGroup, "muon"), (AdamGroup, "adam")])
@@ -164,6 +402,58 @@ def test_weight_decay_is_decoupled_and_scaled_by_the_learning_rate(kind: type, r
             apply_gradients(each, [well_conditioned(4, 6, seed=step)], knobs())
     torch.testing.assert_close(decayed[0].state_dict(), plain[0].state_dict(), rtol=0, atol=0)
     assert not torch.equal(decayed[1][0], plain[1][0])
+
+
+@pytest.mark.parametrize(("kind", "role"), [(MuonGroup, "muon"), (AdamGroup, "adam")])
+def test_cautious_decay_touches_only_weights_that_the_update_makes_smaller(kind: type, role: str) -> None:
+    rate, decay = 0.1 * 0.5, 0.3
+    runs = {}
+    for name, weight_decay, cautious in (("none", 0.0, True), ("cautious", decay, True), ("all", decay, False)):
+        group, parameters = group_of(kind, [(8, 20), (8, 20)], RoleRule(role, 0.1, weight_decay, 8), cautious_weight_decay=cautious)
+        before = [parameter.detach().clone() for parameter in parameters]
+        apply_gradients(group, [well_conditioned(8, 20, seed=seed) for seed in (5, 6)], knobs(0.5))
+        runs[name] = [parameter.detach().clone() for parameter in parameters]
+    for start, none, cautious_end, decayed in zip(before, *runs.values(), strict=True):
+        smaller = (start - none).sign() == start.sign()
+        assert 0.2 < smaller.double().mean() < 0.8
+        torch.testing.assert_close(none - cautious_end, torch.where(smaller, rate * decay * start, 0.0), rtol=0, atol=1e-15)
+        assert torch.equal(none[~smaller], cautious_end[~smaller])
+        torch.testing.assert_close(none - decayed, rate * decay * start, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize(("kind", "role"), [(MuonGroup, "muon"), (AdamGroup, "adam")])
+def test_the_taper_multiplies_weight_decay_and_nothing_else(kind: type, role: str, cautious: bool) -> None:
+    def after(weight_decay: float, weight_decay_scale: float) -> Tensor:
+        group, parameters = group_of(kind, [(4, 6)], RoleRule(role, 0.1, weight_decay, 8), cautious_weight_decay=cautious)
+        for seed in range(2):
+            apply_gradients(group, [well_conditioned(4, 6, seed=seed)], knobs(0.5, weight_decay_scale=weight_decay_scale))
+        return parameters[0].detach().clone()
+
+    torch.testing.assert_close(after(0.4, 0.25), after(0.1, 1.0), rtol=0, atol=0)
+    torch.testing.assert_close(after(0.4, 0.0), after(0.0, 1.0), rtol=0, atol=0)
+    assert not torch.equal(after(0.4, 0.25), after(0.4, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "roles"), [("muon_weight_decay", {"matrix"}), ("embed_weight_decay", {"embed", "table", "head"}), ("scalar_weight_decay", {"gain"})]
+)
+def test_each_weight_decay_reaches_its_roles_and_no_others(setting: str, roles: set[str]) -> None:
+    """With zero gradients a weight shrinks by 1 - rate * decay a step."""
+    rates = {"embed": 0.5, "table": 0.4, "head": 0.3, "matrix": 0.2, "gain": 0.1}
+    config = small_config(
+        tie_embeddings=False, bigram_hash_buckets=8, bigram_hash_dim=4, value_embed_layers="1", value_embed_dim=4, **{setting: 0.7},
+        embed_lr=rates["embed"], tied_embed_lr=rates["table"], head_lr=rates["head"], matrix_lr=rates["matrix"], scalar_lr=rates["gain"],
+    )  # fmt: skip
+    model, optimizer = make(config)
+    before = weights_of(model)
+    leave_gradients(model, scale=0.0)
+    optimizer.step(LOSS, knobs(0.5))
+    of_model = train_gpt.parameter_roles(model)
+    assert {role.value for role in of_model.values()} == set(rates)
+    for name, role in of_model.items():
+        shrunk = 1 - 0.5 * rates[role.value] * 0.7 if role.value in roles else 1.0
+        torch.testing.assert_close(model.get_parameter(name).data, before[name] * shrunk, rtol=1e-14, atol=0)
 
 
 # The optimiser of a model
@@ -192,6 +482,11 @@ def applied_gradients(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 LOSS = torch.tensor(3.0, dtype=torch.float64)
+# Everything that a step can do to a gradient. One is well below the norm of the gradients in these tests.
+EVERYTHING: dict[str, Any] = {
+    "muon_row_normalize": True, "normuon_beta2": 0.9, "cautious_weight_decay": True, "grad_clip_norm": 1.0,
+    "muon_weight_decay": 0.1, "embed_weight_decay": 0.2, "scalar_weight_decay": 0.3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -251,9 +546,9 @@ def test_a_gradient_below_the_limit_is_not_touched(scale: float) -> None:
 
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["blocks.2.mlp.down.weight", "blocks.0.mix", "embed", "the loss"])
+@pytest.mark.parametrize("where", ["blocks.2.mlp.down.weight", "blocks.0.mix", "embedding.table.weight", "the loss"])
 def test_a_step_that_is_not_finite_leaves_the_weights_and_the_next_one_works(where: str, bad: float, limit: float) -> None:
-    model, optimizer = make(small_config(grad_clip_norm=limit, muon_weight_decay=0.1, adam_weight_decay=0.1), torch.float32)
+    model, optimizer = make(small_config(grad_clip_norm=limit, muon_weight_decay=0.1, embed_weight_decay=0.1, scalar_weight_decay=0.1), torch.float32)
     leave_gradients(model, seed=1)
     optimizer.step(LOSS.float(), knobs())
     before = weights_of(model)
@@ -271,15 +566,16 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_the_next_one_works(whe
 
 
 def test_learning_rate_scale_zero_leaves_the_weights() -> None:
-    model, optimizer = make(small_config(muon_weight_decay=0.1, adam_weight_decay=0.1))
+    model, optimizer = make(small_config(muon_weight_decay=0.1, embed_weight_decay=0.1, scalar_weight_decay=0.1))
     before = weights_of(model)
     leave_gradients(model)
     optimizer.step(LOSS, knobs(lr_scale=0.0))
     torch.testing.assert_close(weights_of(model), before, rtol=0, atol=0)
 
 
-def test_a_restored_state_continues_bit_for_bit() -> None:
-    config = small_config(num_layers=3, muon_weight_decay=0.1)
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_a_restored_state_continues_bit_for_bit(options: dict[str, Any]) -> None:
+    config = small_config(**{"num_layers": 3, "muon_weight_decay": 0.1, **options})
     model, optimizer = make(config)
     for seed in (1, 2):
         leave_gradients(model, seed)
@@ -313,11 +609,11 @@ class Start(NamedTuple):
 
     @property
     def state(self) -> TrainingState:
-        return TrainingState(self.model, self.optimizer, self.loader)
+        return TrainingState(self.model, self.optimizer, Averages(self.model, self.config), self.loader)
 
     def train(self, steps: int) -> list[tuple[float, float]]:
         """Runs steps; returns (loss, gradient norm) of each."""
-        step_knobs = Knobs(Phase(tuple(range(self.config.num_layers)), self.config.train_seq_len), 0.7, 0.9)
+        step_knobs = Knobs(Schedule(self.config).phase(0.0), 0.7, 0.9, 1.0)
         stats = [train_gpt.training_step(self.model, self.optimizer, self.loader, step_knobs) for _ in range(steps)]
         return [(stat.loss.item(), stat.grad_norm.item()) for stat in stats]
 
@@ -357,6 +653,10 @@ def test_micro_batches_do_not_change_the_step(tiny: Callable[..., Config]) -> No
         torch.testing.assert_close(results[micro_batch_tokens], results[256], rtol=0, atol=1e-12)
 
 
+# Norms of the averaged gradient, as multiples of GRAD_CLIP_NORM.
+CLIP_CASES = (0.5, 2.0)
+
+
 def rank_checks(rank: int, port: int, folder: Path, arguments: list[str]) -> None:
     """What one of two ranks does; its outcome goes to `folder`."""
     torch.set_num_threads(1)
@@ -379,9 +679,18 @@ def rank_checks(rank: int, port: int, folder: Path, arguments: list[str]) -> Non
     outcome["bad matrix"] = (stats.grad_norm.isfinite().item(), continued.state.save())
     leave_gradients(continued.model)
     if rank == 1:
-        continued.model.embed.grad[0, 0] = float("nan")
+        continued.model.embedding.table.weight.grad[0, 0] = float("nan")
     stats = continued.optimizer.step(LOSS, knobs())
     outcome["bad embedding"] = (stats.grad_norm.isfinite().item(), continued.state.save())
+
+    for size in CLIP_CASES:
+        apart = start(config, world)
+        norm = leave_gradients(apart.model)
+        leave_gradients(apart.model, scale=size * config.grad_clip_norm / norm.item())
+        for parameter in apart.model.parameters():
+            parameter.grad.mul_((-4, 5)[rank])
+        stats = apart.optimizer.step(LOSS, knobs())
+        outcome[f"clip {size}"] = (stats.grad_norm.item(), applied_gradients(apart.optimizer))
     torch.save(outcome, folder / f"rank{rank}.pt")
     world.close()
 
@@ -389,6 +698,7 @@ def rank_checks(rank: int, port: int, folder: Path, arguments: list[str]) -> Non
 class TwoRanks(NamedTuple):
     """The same three steps, alone and on two ranks, and what each did next."""
 
+    config: Config
     alone: dict[str, Any]
     ranks: list[dict[str, Any]]
 
@@ -396,12 +706,14 @@ class TwoRanks(NamedTuple):
 @pytest.fixture(scope="module")
 def two_ranks(tiny: Callable[..., Config], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
     folder = tmp_path_factory.mktemp("two_ranks")
-    arguments = tiny_arguments(corpus, tiny().vocab_size, MICRO_BATCH_TOKENS=64, MUON_WEIGHT_DECAY=0.1)
+    options = {name.upper(): train_gpt.format_value(value) for name, value in EVERYTHING.items()}
+    arguments = tiny_arguments(corpus, tiny().vocab_size, MICRO_BATCH_TOKENS=64, **options)
     training = start(train_gpt.parse_config(arguments, {}))
     sizes = [len(group.parameters) for group in training.optimizer.groups if isinstance(group, MuonGroup)]
     assert any(size % 2 for size in sizes), "some group does not divide into two shares"
     assert any(size % 2 == 0 for size in sizes)
     alone: dict[str, Any] = {"stats": training.train(3), "trained": training.state.save()}
+    assert all(norm > 1.5 * training.config.grad_clip_norm for _, norm in alone["stats"]), "every step is clipped"
     torch.save(alone["trained"], folder / "alone.pt")
     training.train(1)
     alone["continued"] = training.state.save()
@@ -409,7 +721,7 @@ def two_ranks(tiny: Callable[..., Config], corpus: Path, tmp_path_factory: pytes
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     torch.multiprocessing.spawn(rank_checks, (port, folder, arguments), nprocs=2)
-    return TwoRanks(alone, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)])
+    return TwoRanks(training.config, alone, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)])
 
 
 def test_two_ranks_take_the_steps_of_one(two_ranks: TwoRanks) -> None:
@@ -442,3 +754,26 @@ def test_a_bad_gradient_on_one_rank_stops_the_step_on_both(two_ranks: TwoRanks, 
         assert not finite
         torch.testing.assert_close(after["model"], rank["continued"]["model"], rtol=0, atol=0)
         assert all(value.isfinite().all() for state in after["optimizer"].values() for value in state.values())
+
+
+def test_one_rank_continues_from_the_state_of_two(two_ranks: TwoRanks) -> None:
+    saved = two_ranks.ranks[1]["trained"]
+    assert any("row_squares" in state for state in saved["optimizer"].values())
+    training = start(two_ranks.config)
+    training.state.load(saved)
+    torch.testing.assert_close(training.state.save(), saved, rtol=0, atol=0)
+    training.train(1)
+    torch.testing.assert_close(training.state.save(), two_ranks.alone["continued"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", CLIP_CASES)
+def test_clipping_looks_at_the_averaged_gradient_not_at_what_each_rank_has(two_ranks: TwoRanks, size: float) -> None:
+    """The ranks' gradients are -4 and 5 times the one that they sum to, so each alone is over the limit."""
+    limit = two_ranks.config.grad_clip_norm
+    model = lively_model(two_ranks.config)
+    norm = leave_gradients(model).item()
+    for rank in two_ranks.ranks:
+        reported, applied = rank[f"clip {size}"]
+        assert reported == pytest.approx(size * limit, rel=1e-6)
+        for name, gradient in applied.items():
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad * (min(size, 1.0) * limit / norm), rtol=1e-6, atol=1e-12)

@@ -31,7 +31,7 @@ def rows_of_many_sizes(columns: int = 96, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_has_the_role_of_its_kind(tied: bool) -> None:
-    expected = {"embed": Role.EMBED, "skip_scale": Role.GAIN} | ({} if tied else {"head.weight": Role.HEAD})
+    expected = {"embedding.table.weight": Role.EMBED, "skip.scale": Role.GAIN} | ({} if tied else {"head.weight": Role.HEAD})
     for block in ("blocks.0", "blocks.1"):
         expected |= {f"{block}.{name}.weight": Role.MATRIX for name in ("attention.q", "attention.k", "attention.v", "attention.out", "mlp.up", "mlp.down")}
         expected |= {f"{block}.{name}": Role.GAIN for name in ("attention.q_gain", "mix", "attention_scale", "mlp_scale")}
@@ -51,17 +51,20 @@ def test_a_parameter_without_a_role_is_an_error(where: str) -> None:
 
 
 def test_the_role_table_gives_each_role_its_own_settings() -> None:
-    config = small_config(
-        matrix_lr=1.0, scalar_lr=2.0, tied_embed_lr=3.0, embed_lr=4.0, head_lr=5.0, muon_weight_decay=6.0, adam_weight_decay=7.0, matrix_bits=4, embed_bits=5
-    )
-    rules = train_gpt.role_rules(config)
-    assert rules == {
+    settings = {
+        "matrix_lr": 1.0, "scalar_lr": 2.0, "tied_embed_lr": 3.0, "embed_lr": 4.0, "head_lr": 5.0,
+        "muon_weight_decay": 6.0, "embed_weight_decay": 7.0, "scalar_weight_decay": 8.0, "matrix_bits": 4, "embed_bits": 5,
+    }  # fmt: skip
+    expected = {
         Role.EMBED: ("adam", 3.0, 7.0, 5),
+        Role.TABLE: ("adam", 3.0, 7.0, 5),
         Role.HEAD: ("adam", 5.0, 7.0, 4),
         Role.MATRIX: ("muon", 1.0, 6.0, 4),
-        Role.GAIN: ("adam", 2.0, 0.0, 16),
+        Role.GAIN: ("adam", 2.0, 8.0, 16),
     }
-    assert train_gpt.role_rules(small_config(embed_lr=4.0, tie_embeddings=False))[Role.EMBED].lr == 4.0
+    assert train_gpt.role_rules(small_config(**settings)) == expected
+    untied = train_gpt.role_rules(small_config(**settings, tie_embeddings=False))
+    assert untied == expected | {Role.EMBED: ("adam", 4.0, 7.0, 5)}, "a table that is never the head has the rate of a tied embedding"
 
 
 @pytest.mark.parametrize("tied", [True, False])
