@@ -60,9 +60,43 @@ class ConfigError(ValueError):
     """Settings that cannot be run; the message lists every problem found, one a line."""
 
 
-def setting(default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """Returns a dataclass field that carries what `--help`, parsing and validation need."""
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+def parse_fracs(text: str) -> list[float]:
+    """Returns the fractions of a run in "0.5,1": they rise and end with 1. Raises ValueError on other text."""
+    try:
+        fracs = [float(entry) for entry in text.split(",")]
+        if fracs[-1] == 1 and all(low < high for low, high in itertools.pairwise([0.0, *fracs])):
+            return fracs
+    except ValueError:
+        pass
+    raise ValueError("expected rising fractions of the run that end with 1, as 0.5,1")
+
+
+def parse_steps(text: str) -> list[tuple[int, float]]:
+    """Returns (value, fraction of the run until which it holds) for "1024@0.5,2048@1"; [] for "". Raises ValueError on other text."""
+    entries = [entry.partition("@") for entry in text.split(",")] if text else []
+    try:
+        untils = parse_fracs(",".join(until for _, _, until in entries)) if entries else []
+        values = [int(value) for value, _, _ in entries]
+    except ValueError:
+        values = [0]
+    if values and min(values) < 1:
+        raise ValueError("expected VALUE@UNTIL with rising fractions of the run that end with 1, as 1024@0.5,2048@1")
+    return list(zip(values, untils, strict=True))
+
+
+def parse_layers(text: str) -> list[int]:
+    """Returns the layers in "9,10"; [] for "". Raises ValueError on other text."""
+    layers = text.split(",") if text else []
+    if not all(layer.isdecimal() and len(layer) < 4 for layer in layers):
+        raise ValueError("expected layers, as 9,10")
+    return [int(layer) for layer in layers]
+
+
+def setting(
+    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), form: Callable[[str], Any] = str
+) -> Any:
+    """Returns a dataclass field that carries what `--help`, parsing and validation need. `form` reads a text that is more than a word."""
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices, "form": form})
 
 
 @dataclass(frozen=True)
@@ -102,16 +136,16 @@ class Config:
     leaky_relu_slope: float = setting(0.0, "MLP: slope of the squared leaky relu below zero; 0 = relu^2", low=0, high=1)
     swiglu: bool = setting(False, "MLP: SwiGLU instead of the squared relu")
     tie_embeddings: bool = setting(True, "the output head is the embedding")
-    embed_rank: int = setting(0, "embedding as the product of a table of this width and a matrix; 0 = one full table", low=0)
+    embed_rank: int = setting(0, "embedding as the product of a table of this width and a matrix; 0 = one full table", low=0, high=16384)
     input_stages: str = setting("bigram,smear,norm", "order of what happens to the embedded tokens before the first block")
     use_smeargate: bool = setting(False, "SmearGate: let some of the previous token's embedding into each token's")
     smeargate_kind: str = setting("blend", "blend: k x + (1 - k) x_previous; add: x + l sigmoid(W x[:GATE_WINDOW]) x_previous", choices=("blend", "add"))
     smeargate_init: float = setting(3.0, "SmearGate blend: k starts at the sigmoid of this")
-    bigram_hash_buckets: int = setting(0, "BigramHash: rows of the table of hashed token pairs; 0 = off", low=0)
-    bigram_hash_dim: int = setting(128, "BigramHash: width of the table", low=1)
+    bigram_hash_buckets: int = setting(0, "BigramHash: rows of the table of hashed token pairs; 0 = off", low=0, high=2**24)
+    bigram_hash_dim: int = setting(128, "BigramHash: width of the table", low=1, high=16384)
     bigram_hash_scale: float = setting(0.0, "BigramHash: start of a learned factor; 0 = no such factor", low=0)
-    value_embed_layers: str = setting("", "layers whose values get a token embedding added, as 9,10; empty = none")
-    value_embed_dim: int = setting(128, "width of that embedding's table", low=1)
+    value_embed_layers: str = setting("", "layers whose values get a token embedding added, as 9,10; empty = none", form=parse_layers)
+    value_embed_dim: int = setting(128, "width of that embedding's table", low=1, high=16384)
     rope_base: float = setting(10000.0, "RoPE: longest wavelength is 2 pi times this, in tokens", low=1)
     rope_dims: int = setting(0, "RoPE: rotated dimensions of each head; 0 = all", low=0)
     rope_scaling: str = setting("none", "RoPE in rows longer than TRAIN_SEQ_LEN", choices=("none", "ntk", "yarn"))
@@ -148,12 +182,12 @@ class Config:
     train_batch_tokens: int = setting(524288, "tokens per step, over all ranks", low=1)
     train_seq_len: int = setting(1024, "tokens per row", low=2)
     micro_batch_tokens: int = setting(65536, "most tokens per forward pass and rank; the rest of the batch is accumulated", low=1)
-    train_seq_schedule: str = setting("", "TRAIN_SEQ_LEN by progress, as 1024@0.1,2048@0.7,3072@1: each until that fraction of the run; empty = constant")
-    train_batch_schedule: str = setting("", "TRAIN_BATCH_TOKENS by progress, in the same form")
+    train_seq_schedule: str = setting("", "TRAIN_SEQ_LEN by progress, as 1024@0.1,2048@1 (each until that fraction); empty = constant", form=parse_steps)
+    train_batch_schedule: str = setting("", "TRAIN_BATCH_TOKENS by progress, in the same form", form=parse_steps)
     lr_warmup_steps: int = setting(0, "steps of linear learning-rate warm-up", low=0)
     warmdown_iters: int = setting(1200, "steps of learning-rate decay at the end", low=0)
     warmdown_frac: float = setting(0.0, "the same as a fraction of the run; needs WARMDOWN_ITERS=0", low=0, high=1)
-    warmdown_ends: str = setting("1", "fractions of the run at which a decay of WARMDOWN_FRAC ends; several = WSD-S")
+    warmdown_ends: str = setting("1", "fractions of the run at which a decay of WARMDOWN_FRAC ends; several = WSD-S", form=parse_fracs)
     warmdown_shape: str = setting("linear", "of the decay; sqrt = 1 - sqrt(share done)", choices=("linear", "sqrt", "cosine"))
     lr_floor_frac: float = setting(0.0, "least learning rate of a decay, as a fraction of the full rate", low=0, high=1)
     qat_start_frac: float = setting(1.0, "fraction of the run after which training sees quantised weights; 1 = never", low=0, high=1)
@@ -211,7 +245,7 @@ class Config:
     @property
     def value_embed_layer_list(self) -> list[int]:
         """VALUE_EMBED_LAYERS as a list."""
-        return [int(layer) for layer in self.value_embed_layers.split(",") if layer]
+        return parse_layers(self.value_embed_layers)
 
     @property
     def rotated_dims(self) -> int:
@@ -344,7 +378,8 @@ TINY_OF_PRESET: dict[str, dict[str, Any]] = {
 SETTINGS = {setting_field.name.upper(): setting_field for setting_field in fields(Config)}
 # Names that the public records use for what is set otherwise here.
 RENAMED = {
-    "ADAM_WD": "SCALAR_WEIGHT_DECAY", "BIGRAM_DIM": "BIGRAM_HASH_DIM", "BIGRAM_VOCAB_SIZE": "BIGRAM_HASH_BUCKETS", "EMA_ENABLED": "EMA_DECAY (0 = off)",
+    "ADAM_WD": "SCALAR_WEIGHT_DECAY", "BIGRAM_DIM": "BIGRAM_HASH_DIM", "BIGRAM_VOCAB_SIZE": "BIGRAM_HASH_BUCKETS", "COMPRESSOR": "CODER",
+    "EMA_ENABLED": "EMA_DECAY (0 = off)",
     "EMBED_WD": "EMBED_WEIGHT_DECAY", "EMBEDDING_DIM": "EMBED_RANK", "LATE_QAT_THRESHOLD": "QAT_START_FRAC (a fraction of the run)",
     "LAWA_ENABLED": "LAWA_K (0 = off)", "LAWA_FREQ": "LAWA_EVERY", "MIN_LR": "LR_FLOOR_FRAC", "MUON_WD": "MUON_WEIGHT_DECAY",
     "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUALS=gptj PARALLEL_START_LAYER", "QAT_ENABLED": "QAT_START_FRAC=0", "ROPE_TRAIN_SEQ_LEN": "TRAIN_SEQ_LEN",
@@ -356,7 +391,7 @@ RENAMED = {
 # A variable that starts like one of these belongs to us; if it is no setting, it is a mistake.
 FAMILIES = (
     "MUON_", "NORMUON_", "SMEARGATE_", "EMA_", "LAWA_", "SWA_", "LOOP_", "PARALLEL_", "TRAIN_", "VAL_", "EVAL_", "QUANT_", "QAT_", "ROPE_",
-    "WARMDOWN_", "TTT_", "GPTQ_", "BIGRAM_", "CHECKPOINT_",
+    "WARMDOWN_", "TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "GPTQ_", "LQER_", "CASEOPS_", "BIGRAM_", "CHECKPOINT_",
 )  # fmt: skip
 
 
@@ -373,6 +408,7 @@ def parse_value(name: str, text: str) -> Any:
             raise ValueError("expected printable characters on one line")
         if choices and text not in choices:
             raise ValueError(f"expected one of: {' '.join(choices)}")
+        declared.metadata["form"](text)
         return text
     try:
         value = int(text) if declared.type == "int" else float(text)
@@ -381,25 +417,6 @@ def parse_value(name: str, text: str) -> Any:
     if not (low if low is not None else -sys.float_info.max) <= value <= (high if high is not None else sys.float_info.max):
         raise ValueError(f"expected {describe_range(low, high)}")
     return value
-
-
-def parse_steps(text: str) -> list[tuple[int, float]]:
-    """Returns (value, fraction of the run until which it holds) for each "value@fraction" of a comma-separated list. Raises ValueError on other text."""
-    steps = []
-    for entry in text.split(",") if text else []:
-        value, _, until = entry.partition("@")
-        steps.append((int(value), float(until)))
-    if steps and (parse_fracs(",".join(str(until) for _, until in steps))[-1] != 1 or min(value for value, _ in steps) < 1):
-        raise ValueError("the last fraction must be 1, and values at least 1")
-    return steps
-
-
-def parse_fracs(text: str) -> list[float]:
-    """Returns rising fractions in (0, 1] from a comma-separated list. Raises ValueError on other text."""
-    fracs = [float(entry) for entry in text.split(",")]
-    if not all(low < high for low, high in itertools.pairwise([0.0, *fracs])) or fracs[-1] > 1:
-        raise ValueError("fractions must rise and lie in (0, 1]")
-    return fracs
 
 
 def describe_range(low: float | None, high: float | None) -> str:
@@ -497,11 +514,8 @@ def validate(config: Config) -> list[str]:
     require(c.bos_id < c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}")
     require(not (c.swiglu and c.leaky_relu_slope), "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0")
     require(sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order")
-    value_layers = c.value_embed_layers.split(",") if c.value_embed_layers else []
-    require(
-        all(layer.isdecimal() and int(layer) < c.num_layers for layer in value_layers),
-        f"VALUE_EMBED_LAYERS={c.value_embed_layers}: expected layers below NUM_LAYERS={c.num_layers}, as 1,2",
-    )
+    highest = max(c.value_embed_layer_list, default=0)
+    require(highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}")
     widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
     require(widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}")
     require(
@@ -516,27 +530,19 @@ def validate(config: Config) -> list[str]:
         not c.num_loops or c.parallel_residuals != "lanes" or c.loop_end < c.parallel_start_layer,
         f"LOOP_END={c.loop_end} must be below PARALLEL_START_LAYER={c.parallel_start_layer}: two lanes cannot go back into one",
     )
-    schedules: dict[str, Any] = {}
-    for name, read in (("TRAIN_SEQ_SCHEDULE", parse_steps), ("TRAIN_BATCH_SCHEDULE", parse_steps), ("WARMDOWN_ENDS", parse_fracs)):
-        text = getattr(c, name.lower())
-        try:
-            schedules[name] = read(text)
-        except ValueError as error:
-            problems.append(f"{name}={text}: expected {'0.5,1' if read is parse_fracs else '1024@0.5,2048@1'} or the like ({error})")
-    if "train" in known and len(schedules) == 3:
-        longest = max((value for value, _ in schedules["TRAIN_SEQ_SCHEDULE"]), default=c.train_seq_len)
-        require(longest == c.train_seq_len, f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest row of TRAIN_SEQ_SCHEDULE={c.train_seq_schedule}")
-        for phase in Schedule(c).phases():
-            require(
-                phase.batch_tokens % phase.seq_len == 0,
-                f"TRAIN_BATCH_TOKENS={phase.batch_tokens} must be a multiple of TRAIN_SEQ_LEN={phase.seq_len} wherever their schedules meet",
-            )
-        ends = [0.0, *schedules["WARMDOWN_ENDS"]]
-        require(len(ends) == 2 or not c.warmdown_iters, f"WARMDOWN_ENDS={c.warmdown_ends} needs WARMDOWN_FRAC, and WARMDOWN_ITERS=0")
+    longest = max((value for value, _ in parse_steps(c.train_seq_schedule)), default=c.train_seq_len)
+    require("train" not in known or longest == c.train_seq_len, f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest row of TRAIN_SEQ_SCHEDULE, {longest}")
+    for phase in Schedule(c).phases():
         require(
-            all(high - low >= c.warmdown_frac for low, high in itertools.pairwise(ends)),
-            f"WARMDOWN_FRAC={c.warmdown_frac} is longer than the gap between two of WARMDOWN_ENDS={c.warmdown_ends}",
+            "train" not in known or phase.batch_tokens % phase.seq_len == 0,
+            f"TRAIN_BATCH_TOKENS={phase.batch_tokens} must be a multiple of TRAIN_SEQ_LEN={phase.seq_len} wherever their schedules meet",
         )
+    ends = parse_fracs(c.warmdown_ends)
+    require(len(ends) == 1 or c.warmdown_frac > 0, f"WARMDOWN_ENDS={c.warmdown_ends} needs WARMDOWN_FRAC, and WARMDOWN_ITERS=0")
+    require(
+        all(high - low >= c.warmdown_frac for low, high in itertools.pairwise([0.0, *ends])),
+        f"WARMDOWN_FRAC={c.warmdown_frac} is longer than the gap between two of WARMDOWN_ENDS={c.warmdown_ends}",
+    )
     require(
         "train" not in known or c.micro_batch_tokens >= c.train_seq_len,
         f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}",
@@ -1125,8 +1131,8 @@ class Schedule:
         c = self.config
         if c.warmdown_iters:
             return self.shape(max(1 - progress.remaining_steps / c.warmdown_iters, 0.0))
-        end = next((end for end in self.decay_ends if progress.frac < end), self.decay_ends[-1])
-        return self.shape(max(1 - (end - progress.frac) / c.warmdown_frac, 0.0)) if c.warmdown_frac and progress.frac <= end else 1.0
+        end = next((end for end in self.decay_ends if progress.frac < end), 1)
+        return self.shape(max(1 - (end - progress.frac) / c.warmdown_frac, 0.0)) if c.warmdown_frac else 1.0
 
     def __call__(self, progress: Progress) -> Knobs:
         """Returns the knobs of the step that starts at `progress`."""
@@ -2429,14 +2435,17 @@ class Pace:
     MEMORY_STEPS = 50
 
     def __init__(self, step: int, seconds: float) -> None:
-        self.count, self.seconds = 0, seconds
+        """Starts from the mean of `step` steps that took `seconds`."""
+        self.step, self.seconds = step, seconds
+        self.count = min(step, self.MEMORY_STEPS)
         self.step_seconds = seconds / max(step, 1)
 
-    def update(self, seconds: float) -> float:
-        """Returns the pace after a step at whose end the clock read `seconds`; 0 before the first."""
-        if seconds > self.seconds:
+    def update(self, step: int, seconds: float) -> float:
+        """Returns the pace when the clock read `seconds` after `step` steps; 0 before the first step."""
+        if step > self.step:
             self.count = min(self.count + 1, self.MEMORY_STEPS)
-            self.step_seconds += (seconds - self.seconds - self.step_seconds) / self.count
+            self.step_seconds += ((seconds - self.seconds) / (step - self.step) - self.step_seconds) / self.count
+            self.step = step
         self.seconds = seconds
         return self.step_seconds
 
@@ -2490,7 +2499,7 @@ class Trainer:
         self.clock.start()
         while True:
             control = link.exchange(self.clock.seconds(), self.run.signals.received is not None)
-            step_seconds = pace.update(control.seconds)
+            step_seconds = pace.update(self.step - 1, control.seconds)  # the clock that all ranks agree on is one step late
             late = 0 < config.max_wallclock_seconds < control.seconds + STEPS_IN_FLIGHT * step_seconds
             if control.stop or late or self.step == config.iterations:
                 break
@@ -2835,10 +2844,8 @@ PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, fr
 
 
 def matrix_weights(module: nn.Module) -> int:
-    """Returns how many weights of `module` every token is multiplied with: those of matrices, and of the embedding as the head."""
-    embeddings = [part for part in module.modules() if isinstance(part, Embedding)]
-    head = sum(part.table.weight.numel() + (part.widen.weight.numel() if part.widen else 0) for part in embeddings)
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear)) + head
+    """Returns how many weights of `module` every token is multiplied with: those of its matrices."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
 
 
 def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
@@ -2853,8 +2860,10 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
         table.append({"role": role.value, "params": count, "bits": rules[role].bits, "predicted_bytes": round(bits / 8)})
     code = code_bytes(source)
     phases = []
+    head = [] if model.head else [part.weight.numel() for part in model.embedding.modules() if isinstance(part, Table | Linear)]
+    outside = matrix_weights(model) - matrix_weights(model.blocks) + sum(head)
     for phase in Schedule(config).phases():
-        matrices = matrix_weights(model) - matrix_weights(model.blocks) + sum(matrix_weights(model.blocks[layer]) for layer in phase.order)
+        matrices = outside + sum(matrix_weights(model.blocks[layer]) for layer in phase.order)
         attention = 2 * len(phase.order) * config.model_dim * (phase.seq_len + 1) // 2  # multiply-adds of scores and mix, mean causal context
         forward = 2 * (matrices + attention)
         seconds = 3 * forward * phase.batch_tokens / (ranks * H100_PEAK_FLOPS * PUBLIC_MFU)
@@ -2864,7 +2873,7 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     return {
         "preset": config.preset, "params": sum(row["params"] for row in table), "roles": table, "phases": phases,
         "predicted_bytes_code": code, "predicted_bytes_total": total, "bytes_cap": config.bytes_cap, "fits": total <= config.bytes_cap,
-        "tokens_per_step": config.train_batch_tokens, "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak",
+        "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak",
     }
 
 
@@ -2878,7 +2887,7 @@ def plan_text(planned: Mapping[str, Any]) -> str:
     for phase in planned["phases"]:
         order = ",".join(map(str, phase["order"]))
         lines.append(f"layers {order}  {phase['seq_len']} tokens a row  qat {int(phase['qat'])}: {phase['train_flops_per_token'] / 1e6:,.1f} MFLOP per token")
-        tokens = phase["estimated_steps"] * planned["tokens_per_step"]
+        tokens = phase["estimated_steps"] * phase["batch_tokens"]
         pace = f"{phase['estimated_step_ms']:,.1f} ms a step, {phase['estimated_steps']:,} steps, {tokens / 1e6:,.0f} M tokens"
         lines.append(f"  {planned['estimate_for']} (estimate): {pace}")
     return "\n".join(lines)
@@ -3019,6 +3028,14 @@ def result_event(
     }
 
 
+def show(text: str) -> None:
+    """Prints `text`; a reader that has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the script with these arguments and returns its exit code."""
     flags = {argument for argument in arguments if argument.startswith("-")}
@@ -3027,7 +3044,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"unknown option {' '.join(sorted(unknown))}; there are --help, --plan and --json", file=sys.stderr)
         return 2
     if flags & {"--help", "-h"}:
-        print(help_text())
+        show(help_text())
         return 0
     try:
         config = parse_config([argument for argument in arguments if argument not in flags], os.environ)
@@ -3036,7 +3053,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if "--plan" in flags:
         planned = plan(config, Path(__file__).read_text(encoding="utf-8"), int(os.environ.get("WORLD_SIZE", "8")))
-        print(json.dumps(planned, indent=1) if "--json" in flags else plan_text(planned))
+        show(json.dumps(planned, indent=1) if "--json" in flags else plan_text(planned))
         return 0
     signals = StopSignals()
     signals.install()

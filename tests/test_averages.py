@@ -135,10 +135,10 @@ def test_swa_takes_the_mean_of_the_average_before_it() -> None:
 
 def test_an_average_that_has_not_begun_passes_on_what_it_is_given() -> None:
     """SWA begins at step 17, LAWA would at step 50: SWA then takes the weights themselves, or their EMA."""
-    for settings, value in (({}, lambda after, step: after[step - 1]), ({"ema_decay": 0.8}, lambda after, step: ema(after[:step], 0.8))):
-        model, averages = averaged(**settings, lawa_k=2, lawa_every=50, swa_every=10, swa_start_lr_scale=0.5)
+    for decay in (0.0, 0.8):
+        model, averages = averaged(ema_decay=decay, lawa_k=2, lawa_every=50, swa_every=10, swa_start_lr_scale=0.5)
         after = walk(model, averages)
-        assert_close(applied_weights(model, averages), value(after, 20))
+        assert_close(applied_weights(model, averages), ema(after[:20], decay) if decay else after[19])
 
 
 # What they do to the model
@@ -312,7 +312,7 @@ def test_a_run_that_died_goes_on_with_its_averages_as_if_nothing_had_happened(
     run_here: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies in step 6, two steps after its last checkpoint, between two entries of LAWA and in the middle of SWA."""
-    settings = {"EMA_DECAY": 0.8, "LAWA_K": 2, "LAWA_EVERY": 3, "SWA_EVERY": 1, "SWA_START_LR_SCALE": 0.9}
+    settings: dict[str, Any] = {"EMA_DECAY": 0.8, "LAWA_K": 2, "LAWA_EVERY": 3, "SWA_EVERY": 1, "SWA_START_LR_SCALE": 0.9}
     settings |= {"WARMDOWN_FRAC": 1, "WARMUP_STEPS": 0, "STAGES": "train"}
     assert run_here(tmp_path / "whole", **settings).code == 0
     real, calls = train_gpt.training_step, []

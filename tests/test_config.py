@@ -292,12 +292,12 @@ COMMAND_1855 = """
 """
 ANSWERED_1855 = """
     MIN_LR=0.1 SPARSE_ATTN_GATE_SCALE=0.5 SPARSE_ATTN_GATE_ENABLED=1 SMEAR_GATE_ENABLED=1 TTT_CHUNK_SIZE=48 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5
-    TTT_LORA_RANK=80 GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16
+    TTT_LORA_RANK=80 GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 CASEOPS_ENABLED=1 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500
+    PHASED_TTT_NUM_PHASES=3 GLOBAL_TTT_MOMENTUM=0.9 LQER_ENABLED=1 LQER_ASYM_ENABLED=1 LQER_RANK=4 LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3
+    COMPRESSOR=pergroup
 """
 UNKNOWN_1855 = """
-    DATA_DIR=./data CASEOPS_ENABLED=1 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=3 MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0
-    EMBED_CLIP_SIGMAS=14.0 GLOBAL_TTT_MOMENTUM=0.9 GATED_ATTN_QUANT_GATE=1 LQER_ENABLED=1 LQER_ASYM_ENABLED=1 LQER_RANK=4 LQER_FACTOR_BITS=4
-    LQER_ASYM_GROUP=64 LQER_TOP_K=3 FUSED_CE_ENABLED=1 COMPRESSOR=pergroup NCCL_NET=Socket
+    DATA_DIR=./data MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0 GATED_ATTN_QUANT_GATE=1 FUSED_CE_ENABLED=1 NCCL_NET=Socket
 """
 
 
@@ -333,18 +333,15 @@ BROKEN_RULES = {
     "SWIGLU=1 LEAKY_RELU_SLOPE=0.5": "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0",
     "INPUT_STAGES=bigram,norm": "INPUT_STAGES=bigram,norm: expected bigram, norm and smear in some order",
     "INPUT_STAGES=bigram,norm,smear,norm": "INPUT_STAGES=bigram,norm,smear,norm: expected bigram, norm and smear",
-    "VALUE_EMBED_LAYERS=8,9": "VALUE_EMBED_LAYERS=8,9: expected layers below NUM_LAYERS=9",
-    "VALUE_EMBED_LAYERS=last": "VALUE_EMBED_LAYERS=last: expected layers below NUM_LAYERS=9",
-    "VALUE_EMBED_LAYERS=1,,2": "VALUE_EMBED_LAYERS=1,,2: expected layers",
-    "VALUE_EMBED_LAYERS=-1": "VALUE_EMBED_LAYERS=-1: expected layers",
+    "VALUE_EMBED_LAYERS=8,9": "VALUE_EMBED_LAYERS=8,9 must name layers below NUM_LAYERS=9",
     "ATTENTION_GATE_WINDOW=513": "ATTENTION_GATE_WINDOW=513 and GATE_WINDOW=12 must be at most MODEL_DIM=512",
     "USE_SMEARGATE=1 GATE_WINDOW=513": "ATTENTION_GATE_WINDOW=0 and GATE_WINDOW=513 must be at most MODEL_DIM=512",
     "PARALLEL_RESIDUALS=gptj PARALLEL_START_LAYER=9": "PARALLEL_START_LAYER=9 must be below NUM_LAYERS=9",
     "NUM_LOOPS=1 LOOP_START=2 LOOP_END=1": "LOOP_START=2 and LOOP_END=1 must name layers in order, below NUM_LAYERS=9",
     "NUM_LOOPS=1 LOOP_START=2 LOOP_END=9": "LOOP_START=2 and LOOP_END=9 must name layers in order, below NUM_LAYERS=9",
     "NUM_LOOPS=1 LOOP_END=4 PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=4": "LOOP_END=4 must be below PARALLEL_START_LAYER=4: two lanes",
-    "TRAIN_SEQ_SCHEDULE=512@1": "TRAIN_SEQ_LEN=1024 must be the longest row of TRAIN_SEQ_SCHEDULE=512@1",
-    "TRAIN_SEQ_SCHEDULE=1024@0.5,2048@1": "TRAIN_SEQ_LEN=1024 must be the longest row of TRAIN_SEQ_SCHEDULE=1024@0.5,2048@1",
+    "TRAIN_SEQ_SCHEDULE=512@1": "TRAIN_SEQ_LEN=1024 must be the longest row of TRAIN_SEQ_SCHEDULE, 512",
+    "TRAIN_SEQ_SCHEDULE=1024@0.5,2048@1": "TRAIN_SEQ_LEN=1024 must be the longest row of TRAIN_SEQ_SCHEDULE, 2048",
     "TRAIN_SEQ_SCHEDULE=1000@0.5,1024@1": "TRAIN_BATCH_TOKENS=524288 must be a multiple of TRAIN_SEQ_LEN=1000 wherever their schedules meet",
     "TRAIN_BATCH_SCHEDULE=1536@0.5,2048@1": "TRAIN_BATCH_TOKENS=1536 must be a multiple of TRAIN_SEQ_LEN=1024 wherever their schedules meet",
     "WARMDOWN_ENDS=0.5,1": "WARMDOWN_ENDS=0.5,1 needs WARMDOWN_FRAC, and WARMDOWN_ITERS=0",
@@ -388,7 +385,7 @@ def test_every_rule_between_settings_has_a_case() -> None:
         "GATE_WINDOW=513", "PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=8", "PARALLEL_START_LAYER=9", "NUM_LOOPS=1 LOOP_START=8 LOOP_END=8",
         "NUM_LOOPS=1 LOOP_END=3 PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=4", "NUM_LOOPS=1 LOOP_END=4 PARALLEL_RESIDUALS=gptj PARALLEL_START_LAYER=4",
         "TRAIN_SEQ_SCHEDULE=1024@1", "TRAIN_SEQ_SCHEDULE=1024@0.5,512@1", "TRAIN_SEQ_SCHEDULE=96@0.5,1024@1 TRAIN_BATCH_SCHEDULE=3072@0.5,1024@1",
-        "WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.5 WARMDOWN_ENDS=0.5,1", "WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.5 WARMDOWN_ENDS=0.7",
+        "WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.5 WARMDOWN_ENDS=0.5,1",
     ],
 )  # fmt: skip
 def test_edge_that_the_rules_allow(allowed: str) -> None:
@@ -400,13 +397,18 @@ def test_edge_that_the_rules_allow(allowed: str) -> None:
                                   "512@0.6,512@0.6,1024@1", "512@1,1024@0.5", "1024@nan", "1024 until 1"])  # fmt: skip
 def test_a_schedule_that_cannot_be_read_is_refused_with_an_example(name: str, text: str) -> None:
     [problem] = problems_of(f"{name}={text}")
-    assert problem.startswith(f"{name}={text}: expected 1024@0.5,2048@1 or the like")
+    assert problem == f"{name}={text}: expected VALUE@UNTIL with rising fractions of the run that end with 1, as 1024@0.5,2048@1"
 
 
-@pytest.mark.parametrize("text", ["", "0", "1.1", "0.5,0.5,1", "1,0.5", "half", "nan", "-0.5,1", "0.5,"])
+@pytest.mark.parametrize("text", ["last", "1,,2", "-1", "1, 2", "9" * 5000])
+def test_layers_that_cannot_be_read_are_refused_with_an_example(text: str) -> None:
+    assert problems_of(f"VALUE_EMBED_LAYERS={text}") == [f"VALUE_EMBED_LAYERS={text}: expected layers, as 9,10"]
+
+
+@pytest.mark.parametrize("text", ["", "0", "0.7", "1.1", "0.5,0.5,1", "1,0.5", "half", "nan", "-0.5,1", "0.5,"])
 def test_ends_of_decays_must_rise_and_lie_in_the_run(text: str) -> None:
     [problem] = problems_of(f"WARMDOWN_ENDS={text}", "WARMDOWN_ITERS=0", "WARMDOWN_FRAC=0.1")
-    assert problem.startswith(f"WARMDOWN_ENDS={text}: expected 0.5,1 or the like")
+    assert problem == f"WARMDOWN_ENDS={text}: expected rising fractions of the run that end with 1, as 0.5,1"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -632,7 +634,7 @@ COUNTED_ONCE = 5 * 16 + 3 * 8  # the projections of the hashed pairs and of the 
     [
         ({}, 24 * 16),  # the head is the embedding; looking a row up is no multiplication
         ({"embed_rank": 4}, 4 * 16 + 16 * 4 + 4 * 24),  # widened on the way in, narrowed on the way out
-        pytest.param({"tie_embeddings": False}, 16 * 24, marks=pytest.mark.xfail(strict=True, reason="the embedding is counted as a head beside the head")),
+        ({"tie_embeddings": False}, 16 * 24),
     ],
     ids=["tied", "factored", "untied"],
 )
@@ -651,7 +653,6 @@ def test_planned_flops_are_those_counted_by_hand(embedding: dict[str, Any], weig
         assert phase["estimated_steps"] == min(config.iterations, int(config.max_wallclock_seconds / step))
 
 
-@pytest.mark.xfail(strict=True, reason="tokens are counted with TRAIN_BATCH_TOKENS in every phase")
 def test_plan_for_people_counts_the_tokens_of_each_phase() -> None:
     planned = planned_by(Config(**COUNTED, max_wallclock_seconds=0, iterations=1_000_000))
     lines = [line for line in train_gpt.plan_text(planned).splitlines() if "(estimate)" in line]
