@@ -184,11 +184,9 @@ class Config:
     micro_batch_tokens: int = setting(65536, "most tokens per forward pass and rank; the rest of the batch is accumulated", low=1)
     train_seq_schedule: str = setting("", "TRAIN_SEQ_LEN by progress, as 1024@0.1,2048@1 (each until that fraction); empty = constant", form=parse_steps)
     train_batch_schedule: str = setting("", "TRAIN_BATCH_TOKENS by progress, in the same form", form=parse_steps)
-    lr_warmup_steps: int = setting(0, "steps of linear learning-rate warm-up", low=0)
-    warmdown_iters: int = setting(1200, "steps of learning-rate decay at the end", low=0)
+    warmdown_iters: int = setting(1200, "steps of linear learning-rate decay at the end", low=0)
     warmdown_frac: float = setting(0.0, "the same as a fraction of the run; needs WARMDOWN_ITERS=0", low=0, high=1)
     warmdown_ends: str = setting("1", "fractions of the run at which a decay of WARMDOWN_FRAC ends; several = WSD-S", form=parse_fracs)
-    warmdown_shape: str = setting("linear", "of the decay; sqrt = 1 - sqrt(share done)", choices=("linear", "sqrt", "cosine"))
     lr_floor_frac: float = setting(0.0, "least learning rate of a decay, as a fraction of the full rate", low=0, high=1)
     qat_start_frac: float = setting(1.0, "fraction of the run after which training sees quantised weights; 1 = never", low=0, high=1)
     matrix_lr: float = setting(0.04, "Muon: learning rate of block matrices", low=0)
@@ -347,10 +345,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The whole path on a laptop CPU, on the bundled text.
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
-        "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "compile": False,
-        "train_seq_len": 128, "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
-        "iterations": 860, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
-        "muon_momentum_warmup_steps": 100, "checkpoint_every": 100, "val_loss_every": 430, "train_log_every": 50, "qat_start_frac": 0.8,
+        "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "leaky_relu_slope": 0.5, "compile": False,
+        "xsa_last_n": 4, "attention_gate_window": 12, "ln_scale": True, "rope_dims": 16, "skip_connections": "gated",
+        "num_loops": 1, "loop_start": 1, "loop_end": 1, "enable_looping_at": 0.5, "loop_embedding": True,
+        "parallel_residuals": "lanes", "parallel_start_layer": 3, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,norm,smear",
+        "bigram_hash_buckets": 2048, "bigram_hash_dim": 64, "bigram_hash_scale": 0.05, "value_embed_layers": "2,3", "value_embed_dim": 64,
+        "train_seq_len": 128, "train_seq_schedule": "64@0.2,128@1", "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
+        "iterations": 720, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
+        "muon_momentum_warmup_steps": 100, "muon_row_normalize": True, "normuon_beta2": 0.95, "muon_weight_decay": 0.1, "embed_weight_decay": 0.1,
+        "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
+        "checkpoint_every": 100, "val_loss_every": 360, "train_log_every": 50, "qat_start_frac": 0.8,
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
@@ -373,6 +377,9 @@ TINY_OF_PRESET: dict[str, dict[str, Any]] = {
         "swa_every": 2,
     },
     "frontier": {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"},
+    "demo": {
+        **TINY_SHAPE, "attention_gate_window": 8, "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "train_seq_schedule": "32@0.2,64@1",
+    },
 }
 
 SETTINGS = {setting_field.name.upper(): setting_field for setting_field in fields(Config)}
@@ -1071,16 +1078,8 @@ class Knobs(NamedTuple):
     weight_decay_scale: float
 
 
-# Of the learning rate while it decays: share of the decay that is done -> multiplier.
-DECAY_SHAPES: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: 1 - done,
-    "sqrt": lambda done: 1 - math.sqrt(done),  # arXiv:2405.18392
-    "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
-}
-
-
 class Schedule:
-    """Learning rate: linear warm-up, constant, then a decay to LR_FLOOR_FRAC over the last WARMDOWN_ITERS steps or WARMDOWN_FRAC of the run.
+    """Learning rate: constant, then a linear decay to LR_FLOOR_FRAC over the last WARMDOWN_ITERS steps or WARMDOWN_FRAC of the run.
 
     With several WARMDOWN_ENDS there are as many decays (WSD-S, arXiv:2410.05192): after each the rate jumps back, and training goes on from the
     decayed weights.
@@ -1091,7 +1090,6 @@ class Schedule:
         self.seq_lens = parse_steps(config.train_seq_schedule) or [(config.train_seq_len, 1.0)]
         self.batches = parse_steps(config.train_batch_schedule) or [(config.train_batch_tokens, 1.0)]
         self.decay_ends = parse_fracs(config.warmdown_ends)
-        self.shape = DECAY_SHAPES[config.warmdown_shape]
 
     def order(self, frac: float) -> tuple[int, ...]:
         """Returns the executed layers: all blocks in order; from ENABLE_LOOPING_AT on, LOOP_START to LOOP_END run NUM_LOOPS times more."""
@@ -1130,19 +1128,17 @@ class Schedule:
         """Returns how much of the learning rate a decay leaves: 1 outside every decay, 0 at the end of each."""
         c = self.config
         if c.warmdown_iters:
-            return self.shape(max(1 - progress.remaining_steps / c.warmdown_iters, 0.0))
-        end = next((end for end in self.decay_ends if progress.frac < end), 1)
-        return self.shape(max(1 - (end - progress.frac) / c.warmdown_frac, 0.0)) if c.warmdown_frac else 1.0
+            return min(progress.remaining_steps / c.warmdown_iters, 1.0)
+        end = next((end for end in self.decay_ends if progress.frac < end), 1.0)
+        return min((end - progress.frac) / c.warmdown_frac, 1.0) if c.warmdown_frac else 1.0
 
     def __call__(self, progress: Progress) -> Knobs:
         """Returns the knobs of the step that starts at `progress`."""
         c = self.config
-        warm = min((progress.step + 1) / c.lr_warmup_steps, 1.0) if c.lr_warmup_steps else 1.0
-        lr_scale = warm * max(self.decay(progress), c.lr_floor_frac)
-        momentum_warm = min(progress.step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
-        momentum = c.muon_momentum_warmup_start + momentum_warm * (c.muon_momentum - c.muon_momentum_warmup_start)
+        warm = min(progress.step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        momentum = c.muon_momentum_warmup_start + warm * (c.muon_momentum - c.muon_momentum_warmup_start)
         weight_decay_scale = 1.0 if progress.frac < c.weight_decay_taper_frac else c.weight_decay_taper_scale
-        return Knobs(self.phase(progress.frac), lr_scale, momentum, weight_decay_scale)
+        return Knobs(self.phase(progress.frac), max(self.decay(progress), c.lr_floor_frac), momentum, weight_decay_scale)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -2888,7 +2884,7 @@ def plan_text(planned: Mapping[str, Any]) -> str:
         order = ",".join(map(str, phase["order"]))
         lines.append(f"layers {order}  {phase['seq_len']} tokens a row  qat {int(phase['qat'])}: {phase['train_flops_per_token'] / 1e6:,.1f} MFLOP per token")
         tokens = phase["estimated_steps"] * phase["batch_tokens"]
-        pace = f"{phase['estimated_step_ms']:,.1f} ms a step, {phase['estimated_steps']:,} steps, {tokens / 1e6:,.0f} M tokens"
+        pace = f"{phase['estimated_step_ms']:,.3g} ms a step, {phase['estimated_steps']:,} steps, {tokens / 1e6:,.0f} M tokens"
         lines.append(f"  {planned['estimate_for']} (estimate): {pace}")
     return "\n".join(lines)
 

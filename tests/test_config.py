@@ -63,7 +63,7 @@ def problems_of(*arguments: str, **environment: str) -> list[str]:
         (["PRESET=demo"], {}, 4),
         ([], {"PRESET": "demo"}, 4),
         (["PRESET=baseline"], {"PRESET": "demo"}, 9),
-        (["PRESET=demo", "SCALE=tiny"], {}, 3),
+        (["PRESET=baseline", "SCALE=tiny"], {}, 3),
         (["PRESET=demo"], {"SCALE": "tiny", "NUM_LAYERS": "5"}, 5),
         (["PRESET=demo", "NUM_LAYERS=6"], {"SCALE": "tiny", "NUM_LAYERS": "5"}, 6),
         (["NUM_LAYERS=6", "NUM_LAYERS=7"], {}, 7),
@@ -573,7 +573,7 @@ PHASES = {
     "adaptive_clip": [(ELEVEN, 2048, False), (LOOPED, 2048, False)],
     "gptq_lite": [(ELEVEN, 2048, False), (ELEVEN, 2048, True)],
     "frontier": [(ELEVEN, 1024, False), (ELEVEN, 2048, False), (LOOPED, 2048, False), (LOOPED, 3072, False)],
-    "demo": [([0, 1, 2, 3], 128, False), ([0, 1, 2, 3], 128, True)],
+    "demo": [([0, 1, 2, 3], 64, False), ([0, 1, 2, 3], 128, False), ([0, 1, 1, 2, 3], 128, False), ([0, 1, 1, 2, 3], 128, True)],
 }
 
 

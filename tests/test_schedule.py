@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import DECAY_SHAPES, Config, Knobs, Pace, Phase, Progress, Schedule, parse_fracs, parse_steps, validate
+from train_gpt import Config, Knobs, Pace, Phase, Progress, Schedule, parse_fracs, parse_steps, validate
 
 
 def schedule_of(**changed: Any) -> Schedule:
@@ -96,16 +96,6 @@ def test_the_floor_is_where_a_decay_stops_and_does_not_change_its_course_before(
     assert [knobs_at(schedule, step).lr_scale for step in course] == pytest.approx([max(value, floor) for value in course.values()], abs=1e-12)
 
 
-@pytest.mark.parametrize("decay", [{"warmdown_iters": 40}, {"warmdown_frac": 0.4}])
-@pytest.mark.parametrize(
-    ("shape", "quarter", "half"), [("linear", 0.75, 0.5), ("sqrt", 0.5, 1 - 0.5**0.5), ("cosine", 0.5 + 0.5**1.5, 0.5)]
-)  # fmt: skip
-def test_a_decay_has_its_shape(shape: str, quarter: float, half: float, decay: dict[str, Any]) -> None:
-    schedule = schedule_of(warmdown_shape=shape, **decay)
-    rates = [knobs_at(schedule, step).lr_scale for step in (59, 60, 70, 80, 100)]
-    assert rates == pytest.approx([1.0, 1.0, quarter, half, 0.0], abs=1e-12)
-
-
 # Rate around each end: (step, multiplier) of 1000 steps.
 SEVERAL_DECAYS = {
     "0.5,0.8,1": [
@@ -125,18 +115,6 @@ def test_the_rate_falls_towards_each_end_and_is_full_again_after_it(ends: str, f
     schedule = schedule_of(warmdown_frac=0.1, warmdown_ends=ends, lr_floor_frac=floor, **limits)
     rates = [knobs_at(schedule, 0, float(at), 1.0).lr_scale if by_time else knobs_at(schedule, at).lr_scale for at, _ in SEVERAL_DECAYS[ends]]
     assert rates == pytest.approx([max(rate, floor) for _, rate in SEVERAL_DECAYS[ends]], abs=1e-8)
-
-
-@pytest.mark.parametrize(("steps", "rates"), [(0, [1.0] * 6), (1, [1.0] * 6), (4, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])])
-def test_the_rate_warms_up_from_its_first_step(steps: int, rates: list[float]) -> None:
-    schedule = schedule_of(lr_warmup_steps=steps)
-    assert [knobs_at(schedule, step).lr_scale for step in range(6)] == rates
-
-
-def test_warm_up_multiplies_decay_and_floor_and_goes_by_steps_not_by_time() -> None:
-    schedule = schedule_of(lr_warmup_steps=10, warmdown_frac=1.0, lr_floor_frac=0.8, max_wallclock_seconds=100.0)
-    moments = ((0, 0.0, 0.1), (4, 10.0, 0.45), (4, 90.0, 0.4), (9, 90.0, 0.8))
-    assert [knobs_at(schedule, step, seconds, 1.0).lr_scale for step, seconds, _ in moments] == pytest.approx([rate for *_, rate in moments], abs=1e-12)
 
 
 @pytest.mark.parametrize("by_time", [False, True])
@@ -315,15 +293,14 @@ MOMENTS = st.tuples(st.integers(0, 120), st.floats(0, 80), st.floats(0, 10))
     decay=st.sampled_from(
         [{}, {"warmdown_iters": 1}, {"warmdown_iters": 500}, {"warmdown_frac": 0.3}, {"warmdown_frac": 1.0}, {"warmdown_frac": 0.2, "warmdown_ends": "0.3,1"}]
     ),
-    shape=st.sampled_from(sorted(DECAY_SHAPES)),
     floor=st.sampled_from([0.0, 0.2, 1.0]),
     start=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_every_knob_stays_in_its_range_and_depends_on_progress_alone(
-    moment: tuple[int, float, float], wallclock: float, decay: dict[str, Any], shape: str, floor: float, start: float
+    moment: tuple[int, float, float], wallclock: float, decay: dict[str, Any], floor: float, start: float
 ) -> None:
     changed = {"max_wallclock_seconds": wallclock, "lr_floor_frac": floor, "qat_start_frac": start, "muon_momentum_warmup_steps": 50, **decay}
-    changed |= {"warmdown_shape": shape, "weight_decay_taper_frac": start}
+    changed["weight_decay_taper_frac"] = start
     schedule = schedule_of(**changed)
     progress = schedule.progress(*moment)
     knobs = schedule(progress)
@@ -338,9 +315,8 @@ def test_every_knob_stays_in_its_range_and_depends_on_progress_alone(
 
 
 @pytest.mark.parametrize("decay", [{"warmdown_iters": 40}, {"warmdown_frac": 0.4}])
-@pytest.mark.parametrize("shape", DECAY_SHAPES)
-def test_rate_never_rises_while_step_and_time_go_on(decay: dict[str, Any], shape: str) -> None:
-    schedule = schedule_of(max_wallclock_seconds=60.0, lr_floor_frac=0.1, warmdown_shape=shape, **decay)
+def test_rate_never_rises_while_step_and_time_go_on(decay: dict[str, Any]) -> None:
+    schedule = schedule_of(max_wallclock_seconds=60.0, lr_floor_frac=0.1, **decay)
     rates = [knobs_at(schedule, step, 0.7 * step, 0.7).lr_scale for step in range(101)]
     assert rates == sorted(rates, reverse=True)
     assert (rates[0], rates[-1]) == (1.0, 0.1)

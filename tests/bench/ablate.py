@@ -18,11 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "records" / "ablation_cpu"
@@ -88,9 +90,6 @@ VARIANTS = {
     "weight decay tapered > weight decay 0.1": f"{WD} WEIGHT_DECAY_TAPER_FRAC=0.7",
     "grad clip 0.3": "GRAD_CLIP_NORM=0.3",
     "lr floor 0.1": "LR_FLOOR_FRAC=0.1",
-    "lr warm-up 20": "LR_WARMUP_STEPS=20",
-    "decay 1 - sqrt": "WARMDOWN_SHAPE=sqrt",
-    "decay cosine": "WARMDOWN_SHAPE=cosine",
     "wsd, decay 0.3": "WARMDOWN_FRAC=0.3",
     "wsd-s, two decays 0.3 > wsd, decay 0.3": "WARMDOWN_FRAC=0.3 WARMDOWN_ENDS=0.5,1",
     "ema 0.98": "EMA_DECAY=0.98",
@@ -103,11 +102,17 @@ VARIANTS = {
     "batch 512, 1024": "TRAIN_BATCH_SCHEDULE=512@0.3,1024@1",
     "no document mask": "DOC_MASK=0",
 }
+# Lost, and their settings are gone from the script: their results stay in the table.
+REMOVED = {
+    "lr warm-up 20": "LR_WARMUP_STEPS=20",
+    "decay 1 - sqrt": "WARMDOWN_SHAPE=sqrt",
+    "decay cosine": "WARMDOWN_SHAPE=cosine",
+}
 
 
 def settings_of(name: str) -> list[str]:
     """Returns the arguments of a variant, or of the base, without its seed."""
-    return f"{BASE} {VARIANTS.get(name, '')}".split()
+    return f"{BASE} {VARIANTS.get(name, REMOVED.get(name, ''))}".split()
 
 
 def reference_of(name: str) -> str:
@@ -115,14 +120,15 @@ def reference_of(name: str) -> str:
     return name.split(" > ")[1] if " > " in name else "base"
 
 
-def finished() -> list[dict]:
+def finished() -> list[dict[str, Any]]:
     """Returns the kept results whose settings are still those of their variant."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     results = [json.loads(line) for line in lines]
-    return [result for result in results if result["settings"] == " ".join(settings_of(result["variant"])) and (result["variant"] in (*VARIANTS, "base"))]
+    known = {"base", *VARIANTS, *REMOVED}
+    return [result for result in results if result["variant"] in known and result["settings"] == " ".join(settings_of(result["variant"]))]
 
 
-def run_trial(name: str, seed: int, lock: Lock) -> dict:
+def run_trial(name: str, seed: int, lock: Lock) -> dict[str, Any]:
     """Returns the result of one training run, after keeping it."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -175,70 +181,112 @@ def time_variants(names: list[str]) -> None:
         for _ in range(12):
             for key, step in steps.items():
                 times[key].append(step())
-        ratios[name] = round(statistics.median(times[name]) / statistics.median(times["base"]), 3)
-        print(f"{name:<55} {ratios[name]:.3f} x the base's {1000 * statistics.median(times['base']):.0f} ms", flush=True)
+        ratios[name.split(" > ")[0]] = ratio = round(statistics.median(times[name]) / statistics.median(times["base"]), 3)
+        print(f"{name:<55} {ratio:.3f} x the base's {1000 * statistics.median(times['base']):.0f} ms", flush=True)
         RATIOS.write_text(json.dumps(ratios, indent=1) + "\n", encoding="utf-8")
 
 
-def write_table() -> None:
-    """Writes records/ablation_cpu/README.md from the kept results."""
-    results = finished()
-    scores: dict[str, dict[int, dict]] = {}
+class Row(NamedTuple):
+    """A variant against its reference."""
+
+    name: str  # without its reference
+    reference: str
+    differences: list[float]  # bpb, one a seed
+    settings: str
+
+    @property
+    def mean(self) -> float:
+        """Mean difference in bpb."""
+        return statistics.fmean(self.differences)
+
+    @property
+    def spread(self) -> str:
+        """Standard deviation of the difference between seeds, "" with one seed."""
+        return f"{statistics.stdev(self.differences):.4f}" if len(self.differences) > 1 else ""
+
+
+def compared(results: list[dict[str, Any]]) -> list[Row]:
+    """Returns every variant that has a seed in common with its reference, those with most seeds first, then from best to worst."""
+    scores: dict[str, dict[int, float]] = {}
     for result in results:
-        scores.setdefault(result["variant"], {})[result["seed"]] = result
+        scores.setdefault(result["variant"].split(" > ")[0], {})[result["seed"]] = result["bpb"]
+    rows = []
+    for variant, settings in {**VARIANTS, **REMOVED}.items():
+        name, reference = variant.split(" > ")[0], reference_of(variant)
+        seeds = sorted(set(scores.get(name, {})) & set(scores.get(reference, {})))
+        if seeds:
+            rows.append(Row(name, reference, [scores[name][seed] - scores[reference][seed] for seed in seeds], settings))
+    return sorted(rows, key=lambda row: (-len(row.differences), row.mean))
+
+
+def write_table() -> None:
+    """Writes records/ablation_cpu/README.md and its plot, and our numbers in records/TECHNIQUES.md, from the kept results."""
+    results = finished()
+    rows = compared(results)
     ratios = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.exists() else {}
-    base = scores["base"]
-    base_bpbs = [trial["bpb"] for trial in base.values()]
-    spread = f", sd {statistics.stdev(base_bpbs):.4f}" if len(base_bpbs) > 1 else ""
-    params = next(iter(base.values()))["params"]
+    base = [result for result in results if result["variant"] == "base"]
+    bpbs = [result["bpb"] for result in base]
+    spread = f", standard deviation {statistics.stdev(bpbs):.4f}" if len(bpbs) > 1 else ""
+    removed = {name.split(" > ")[0] for name in REMOVED}
     lines = [
         "# Each technique on and off, on a CPU",
         "",
-        "Made by `python tests/bench/ablate.py`; every trial is in `results.jsonl`. The model is tiny "
-        f"({params:,} parameters, 400 steps of 1,024 tokens of Shakespeare), so signs may differ from those at full scale; differences of less than "
-        "about twice the spread between seeds say nothing. bpb: trained weights before quantisation, validation split, chunked. A row with n = 1 is a screen "
-        "and supports no claim.",
+        f"Made by `python tests/bench/ablate.py`; every trial is in `results.jsonl`. A tiny model ({base[0]['params']:,} parameters, {base[0]['steps']}",
+        "steps of 1,024 tokens of Shakespeare, one CPU core): signs may differ from those at full scale. Score: bits per byte of the trained (and",
+        "averaged) weights on the validation split, in chunks, before quantisation. Difference = variant - reference with the same seed (less is better),",
+        "mean over n seeds, sd = standard deviation of that difference. A row with n = 1 is a screen and supports no claim; with n = 3, a mean within about",
+        "2.5 sd of zero does not either. Step time: ratio to the base's, taken in turns in one process.",
         "",
-        f"Base: mean {statistics.fmean(base_bpbs):.4f}{spread}, n = {len(base_bpbs)}. Settings of the base:",
+        f"Base: mean {statistics.fmean(bpbs):.4f}{spread}, n = {len(bpbs)}.",
         "",
-        "```",
-        BASE,
-        "```",
-        "",
-        "difference = variant - reference with the same seed, in bpb (less is better), mean over n seeds; sd = of that difference; step time = ratio to",
-        "the base's, both measured in one process.",
+        "![differences](differences.png)",
         "",
         "| variant | reference | difference | sd | n | step time | settings |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
-    rows, measured = [], {}
-    for name, settings in VARIANTS.items():
-        reference = next((key for key in scores if key.split(" > ")[0] == reference_of(name)), "")
-        seeds = sorted(set(scores.get(name, {})) & set(scores.get(reference, {})))
-        if not seeds:
-            continue
-        differences = [scores[name][seed]["bpb"] - scores[reference][seed]["bpb"] for seed in seeds]
-        sd = f"{statistics.stdev(differences):.4f}" if len(seeds) > 1 else ""
-        time_text = f"{ratios[name]:.2f}" if name in ratios else ""
-        row = f"| {name.split(' > ')[0]} | {reference_of(name)} | {statistics.fmean(differences):+.4f} | {sd} | {len(seeds)} | {time_text} | `{settings}` |"
-        rows.append((statistics.fmean(differences), row))
-        against = "" if reference == "base" else f" against {reference_of(name)}"
-        spread = f" ± {sd}" if sd else ""
-        measured[name.split(" > ")[0]] = f"{name.split(' > ')[0]} {statistics.fmean(differences):+.4f}{spread} (n = {len(seeds)}){against}"
-    lines += [row for _, row in sorted(rows)]
+    for row in rows:
+        gone = " (removed)" if row.name in removed else ""
+        numbers = f"{row.mean:+.4f} | {row.spread} | {len(row.differences)} | {ratios.get(row.name, '')}"
+        lines.append(f"| {row.name}{gone} | {row.reference} | {numbers} | `{row.settings}` |")
+    lines += ["", "Settings of the base:", "", "```", *textwrap.wrap(BASE, 140), "```"]
     (FOLDER / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fill_techniques(measured)
+    plot(rows)
+    fill_techniques(rows)
     print(f"{FOLDER / 'README.md'}: {len(rows)} variants, {len(results)} trials")
 
 
-def fill_techniques(measured: dict[str, str]) -> None:
+def plot(rows: list[Row]) -> None:
+    """Draws every difference: one point a seed, a bar to the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted(rows, key=lambda row: -row.mean)
+    figure, axes = plt.subplots(figsize=(9, 0.24 * len(rows) + 1))
+    for at, row in enumerate(rows):
+        color = "tab:blue" if len(row.differences) > 1 else "lightgray"
+        axes.barh(at, row.mean, color=color, height=0.7)
+        axes.plot(row.differences, [at] * len(row.differences), ".", color="black", markersize=4)
+    axes.set_yticks(range(len(rows)), [row.name if row.reference == "base" else f"{row.name}  (to: {row.reference})" for row in rows], fontsize=7)
+    axes.set_xlabel("bits per byte against the reference, less is better; gray: one seed, a screen only")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(FOLDER / "differences.png", dpi=110, bbox_inches="tight")
+
+
+def fill_techniques(rows: list[Row]) -> None:
     """Writes what was measured under each marker of records/TECHNIQUES.md: a comment that names variants, and the line after it."""
+    measured = {variant.split(" > ")[0]: f"{variant.split(' > ')[0]} not measured" for variant in {**VARIANTS, **REMOVED}}
+    for row in rows:
+        spread = f" ± {row.spread}" if row.spread else ""
+        against = "" if row.reference == "base" else f", against {row.reference}"
+        measured[row.name] = f"{row.name} {row.mean:+.4f}{spread} (n = {len(row.differences)}{against})"
 
     def line(match: re.Match[str]) -> str:
-        names = [name.strip() for name in match[1].split(";")]
-        unknown = [name for name in names if name not in {variant.split(" > ")[0] for variant in VARIANTS}]
-        assert not unknown, f"{TECHNIQUES}: no such variant: {unknown}"
-        return f"<!-- ablation: {match[1]} -->\nOurs: " + "; ".join(measured.get(name, f"{name} not measured") for name in names) + ".\n"
+        return f"<!-- ablation: {match[1]} -->\nOurs: " + "; ".join(measured[name.strip()] for name in match[1].split(";")) + ".\n"
 
     text = TECHNIQUES.read_text(encoding="utf-8")
     TECHNIQUES.write_text(re.sub(r"<!-- ablation: (.*) -->\n(?:Ours: .*\n)?", line, text), encoding="utf-8")
