@@ -156,11 +156,10 @@ class Config:
     ln_scale: bool = setting(False, "scale the normed inputs of layer l by 1 / sqrt(l + 1)")
     skip_connections: str = setting("scaled", "U-Net skips from the first half of the executed layers to the second", choices=("none", "scaled", "gated"))
     parallel_residuals: str = setting("none", "gptj = attention and MLP read the same input; lanes = each its own", choices=("none", "gptj", "lanes"))
-    parallel_start_layer: int = setting(0, "first layer of PARALLEL_RESIDUALS", low=0)
-    parallel_final_lane: str = setting("mean", "what leaves the last block of two lanes", choices=("mean", "attention", "mlp"))
+    parallel_start_layer: int = setting(0, "first layer of PARALLEL_RESIDUALS", low=0, high=255)
     num_loops: int = setting(0, "depth recurrence: run layers LOOP_START to LOOP_END this many times more", low=0, high=64)
-    loop_start: int = setting(0, "first looped layer", low=0)
-    loop_end: int = setting(0, "last looped layer", low=0)
+    loop_start: int = setting(0, "first looped layer", low=0, high=255)
+    loop_end: int = setting(0, "last looped layer", low=0, high=255)
     enable_looping_at: float = setting(0.0, "fraction of the run after which the loops run", low=0, high=0.999)
     loop_embedding: bool = setting(False, "tell a block which pass this is, by a learned vector per pass")
     logit_softcap: float = setting(30.0, "logits become c * tanh(logits / c)", low=1e-3)
@@ -174,8 +173,6 @@ class Config:
     qk_gain_init: float = setting(1.5, "initial per-head gain on the normalised queries", low=0)
     matrix_init: str = setting("orthogonal", "start of block matrices; output projections start at zero", choices=("orthogonal", "uniform"))
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding when tied (untied: 1)", low=0)
-    embed_init: str = setting("normal", "start of the embedding; overtone = with singular values that fall as k^-1/2", choices=("normal", "overtone"))
-    mix_init: str = setting("stream", "start of a block's mix; phase_transition = more embedding in early layers", choices=("stream", "phase_transition"))
     iterations: int = setting(20000, "most training steps", low=1)
     max_wallclock_seconds: float = setting(600.0, "training stops before this; compile, warm-up and validation are not counted; 0 = no limit", low=0)
     warmup_steps: int = setting(20, "steps run per phase before the clock starts, then undone", low=0)
@@ -266,7 +263,7 @@ MODEL_SETTINGS = (
     "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "swiglu", "tie_embeddings",
     "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale",
     "value_embed_layers", "value_embed_dim", "rope_base", "rope_dims", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
-    "ln_scale", "skip_connections", "parallel_residuals", "parallel_start_layer", "parallel_final_lane", "num_loops", "loop_start", "loop_end",
+    "ln_scale", "skip_connections", "parallel_residuals", "parallel_start_layer", "num_loops", "loop_start", "loop_end",
     "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len", "matrix_bits", "embed_bits",
 )  # fmt: skip
 # Settings that may differ between a run and its continuation: they do not reach the trained weights.
@@ -332,7 +329,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adaptive_clip": RECORD_1855,
     # PR #379, 1.1257 bpb.
     "gptq_lite": {
-        "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "rope_dims": 16, "xsa_last_n": 4, "ln_scale": True,
+        "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "rope_dims": 16, "rope_base": 22081.8, "xsa_last_n": 4,
+        "ln_scale": True,
         "use_smeargate": True, "smeargate_init": 0.0, "input_stages": "bigram,norm,smear", "bigram_hash_buckets": 2048, "bigram_hash_scale": 0.05,
         "value_embed_layers": "9,10", "train_seq_len": 2048, "train_batch_tokens": 786432, "micro_batch_tokens": 98304,
         "muon_coefficients": "classic", "matrix_lr": 0.025, "scalar_lr": 0.025, "tied_embed_lr": 0.035, "muon_momentum": 0.99,
@@ -351,10 +349,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parallel_residuals": "lanes", "parallel_start_layer": 3, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,norm,smear",
         "bigram_hash_buckets": 2048, "bigram_hash_dim": 64, "bigram_hash_scale": 0.05, "value_embed_layers": "2,3", "value_embed_dim": 64,
         "train_seq_len": 128, "train_seq_schedule": "64@0.2,128@1", "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
-        "iterations": 720, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
+        "iterations": 640, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
         "muon_momentum_warmup_steps": 100, "muon_row_normalize": True, "normuon_beta2": 0.95, "muon_weight_decay": 0.1, "embed_weight_decay": 0.1,
         "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
-        "checkpoint_every": 100, "val_loss_every": 360, "train_log_every": 50, "qat_start_frac": 0.8,
+        "checkpoint_every": 100, "val_loss_every": 320, "train_log_every": 50, "qat_start_frac": 0.8,
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
@@ -389,6 +387,7 @@ RENAMED = {
     "EMA_ENABLED": "EMA_DECAY (0 = off)",
     "EMBED_WD": "EMBED_WEIGHT_DECAY", "EMBEDDING_DIM": "EMBED_RANK", "LATE_QAT_THRESHOLD": "QAT_START_FRAC (a fraction of the run)",
     "LAWA_ENABLED": "LAWA_K (0 = off)", "LAWA_FREQ": "LAWA_EVERY", "MIN_LR": "LR_FLOOR_FRAC", "MUON_WD": "MUON_WEIGHT_DECAY",
+    "PARALLEL_FINAL_LANE": "nothing: the mean of both lanes leaves",
     "PARALLEL_RESIDUAL_START": "PARALLEL_RESIDUALS=gptj PARALLEL_START_LAYER", "QAT_ENABLED": "QAT_START_FRAC=0", "ROPE_TRAIN_SEQ_LEN": "TRAIN_SEQ_LEN",
     "ROPE_YARN": "ROPE_SCALING=yarn", "SKIP_GATES_ENABLED": "SKIP_CONNECTIONS=gated", "SMEAR_GATE_BOS_FIX": "nothing: it is always masked",
     "SMEAR_GATE_ENABLED": "USE_SMEARGATE=1 SMEARGATE_KIND=add", "SPARSE_ATTN_GATE_ENABLED": "ATTENTION_GATE_WINDOW=12",
@@ -539,6 +538,11 @@ def validate(config: Config) -> list[str]:
     )
     longest = max((value for value, _ in parse_steps(c.train_seq_schedule)), default=c.train_seq_len)
     require("train" not in known or longest == c.train_seq_len, f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest row of TRAIN_SEQ_SCHEDULE, {longest}")
+    largest = max((value for value, _ in parse_steps(c.train_batch_schedule)), default=c.train_batch_tokens)
+    require(
+        "train" not in known or largest == c.train_batch_tokens,
+        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be the largest batch of TRAIN_BATCH_SCHEDULE, {largest}",
+    )
     for phase in Schedule(c).phases():
         require(
             "train" not in known or phase.batch_tokens % phase.seq_len == 0,
@@ -661,6 +665,11 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Makes these tensors those of rank 0 on every rank."""
+        for tensor in tensors if self.size > 1 else []:
+            dist.broadcast(tensor, src=0)
+
     def from_main(self, value: Any) -> Any:
         """Returns rank 0's `value` on every rank."""
         box = [value]
@@ -682,7 +691,7 @@ class Control(NamedTuple):
 
 
 class ControlLink:
-    """Carries `Control` between ranks. `exchange` returns the values of the previous step, so that no rank ever waits for another's host."""
+    """Carries `Control` between ranks. `exchange` returns the values of the previous step, so that no rank waits for another that is up to a step behind."""
 
     def __init__(self, world: World, first: Control) -> None:
         self.world = world
@@ -748,21 +757,26 @@ class StopSignals:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that appears whole under its name or not at all, even when the machine dies."""
-    partial = path.with_name(path.name + ".partial")
+    unfinished = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Writes `data` as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes `config.env`, which repeats the run, or goes on with it after RESUME=1 has been added."""
+    atomic_write(folder / "config.env", config_lines(replace(config, resume=False)).encode())
 
 
 def clock_text(seconds: float) -> str:
@@ -1095,8 +1109,8 @@ class Schedule:
         """Returns the executed layers: all blocks in order; from ENABLE_LOOPING_AT on, LOOP_START to LOOP_END run NUM_LOOPS times more."""
         c = self.config
         loops = c.num_loops if frac >= c.enable_looping_at else 0
-        looped = tuple(range(c.loop_start, c.loop_end + 1))
-        return tuple(range(c.loop_end + 1)) + looped * loops + tuple(range(c.loop_end + 1, c.num_layers))
+        layers, after = tuple(range(c.num_layers)), c.loop_end + 1
+        return layers[:after] + layers[c.loop_start : after] * loops + layers[after:]
 
     def phase(self, frac: float) -> Phase:
         """Returns the phase at a fraction of the run."""
@@ -1281,7 +1295,7 @@ def document_mask(tokens: Tensor, bos_id: int) -> Tensor:
 
 def follows_in_document(tokens: Tensor, bos_id: int) -> Tensor:
     """Returns which tokens have a predecessor in their row and document: (B, T, 1) bool."""
-    return (F.pad(torch.ones_like(tokens[:, 1:]), (1, 0)) * (tokens != bos_id)).bool()[..., None]
+    return F.pad(tokens[:, 1:] != bos_id, (1, 0))[..., None]
 
 
 def previous(x: Tensor, rows: Rows) -> Tensor:
@@ -1373,16 +1387,6 @@ def constant(value: float) -> Callable[[Tensor], Any]:
     return partial(nn.init.constant_, val=value)
 
 
-def overtone(std: float) -> Callable[[Tensor], Any]:
-    """Returns the start of an embedding that is normal with deviation `std` but for its singular values, which fall as k^-1/2 from the largest."""
-
-    def start(weight: Tensor) -> None:
-        u, s, vh = torch.linalg.svd(nn.init.normal_(weight, std=std).data, full_matrices=False)
-        weight.data.copy_(u * (s[0] * torch.arange(1, len(s) + 1, device=s.device) ** -0.5) @ vh)
-
-    return start
-
-
 MATRIX_STARTS: dict[str, Callable[[Tensor], Any]] = {
     "orthogonal": nn.init.orthogonal_,
     "uniform": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),  # what torch.nn.Linear does, and so the starter
@@ -1402,7 +1406,7 @@ class Linear(Part):
     def __init__(self, inputs: int, outputs: int, config: Config, role: Role = Role.MATRIX, *, zero_init: bool = False) -> None:
         super().__init__()
         self.declare("weight", role, (outputs, inputs), nn.init.zeros_ if zero_init else MATRIX_STARTS[config.matrix_init])
-        self.bits = config.matrix_bits
+        self.bits = role_rules(config)[role].bits
 
     def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
         y = F.linear(x, self.stored(x, phase))
@@ -1421,7 +1425,7 @@ class Table(Part):
     def __init__(self, rows: int, columns: int, config: Config, role: Role, start: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.declare("weight", role, (rows, columns), start)
-        self.bits = config.embed_bits
+        self.bits = role_rules(config)[role].bits
 
     def forward(self, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
         return F.embedding(index, self.stored(phase)).to(dtype)
@@ -1518,8 +1522,7 @@ class Embedding(Part):
         super().__init__()
         c = config
         std = c.tied_embed_init_std if c.tie_embeddings else 1.0
-        start = overtone(std) if c.embed_init == "overtone" else partial(nn.init.normal_, std=std)
-        self.table = Table(c.vocab_size, c.embed_rank or c.model_dim, c, Role.EMBED, start)
+        self.table = Table(c.vocab_size, c.embed_rank or c.model_dim, c, Role.EMBED, partial(nn.init.normal_, std=std))
         self.widen = Linear(c.embed_rank, c.model_dim, c) if c.embed_rank else None
 
     def forward(self, tokens: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
@@ -1644,12 +1647,10 @@ class SwiGLU(Part):
         return self.down(gated, phase, adapters, "down")
 
 
-def mix_start(config: Config, layer: int) -> Callable[[Tensor], Any]:
-    """Returns the start of a block's mix: all stream; or, as a phase transition, more of the embedding in early layers and of the stream in late ones."""
-    share = 1.0
-    if config.mix_init == "phase_transition":
-        share = 1 / (1 + math.exp(-3 * (layer / (config.num_layers - 1) - 0.5)))
-    return lambda mix: mix.data.copy_(torch.tensor([[share], [1 - share]]).expand_as(mix))
+def stream_alone(mix: Tensor) -> None:
+    """Starts a block's mix as all stream and no embedding."""
+    nn.init.ones_(mix[0])
+    nn.init.zeros_(mix[1])
 
 
 class Block(Part):
@@ -1665,7 +1666,7 @@ class Block(Part):
         self.attention = Attention(c, layer)
         self.mlp = SwiGLU(c) if c.swiglu else MLP(c)
         self.norm = partial(scaled_rms_norm, scale=1 / math.sqrt(layer + 1)) if c.ln_scale else rms_norm
-        self.declare("mix", Role.GAIN, (2, c.model_dim), mix_start(c, layer))
+        self.declare("mix", Role.GAIN, (2, c.model_dim), stream_alone)
         self.declare("attention_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
         self.declare("mlp_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
 
@@ -1735,12 +1736,6 @@ class LaneBlock(Block):
         attended = self.attended(self.blend(lanes[0], x0), rows, phase, adapters)
         return self.routes(lanes, attended, self.transformed(lanes[1], phase, adapters), self.layer)
 
-
-FINAL_LANE: dict[str, Callable[[Lanes], Tensor]] = {
-    "mean": lambda lanes: (lanes[0] + lanes[-1]) / 2,
-    "attention": lambda lanes: lanes[0],
-    "mlp": lambda lanes: lanes[-1],
-}
 
 # -- Between blocks
 
@@ -1815,7 +1810,7 @@ class GPT(Part):
                 self.blocks.append(Block(c, layer))
             else:
                 self.blocks.append(ParallelBlock(c, layer) if routes is None else LaneBlock(c, layer, routes))
-        skips = max(len(phase.order) for phase in Schedule(c).phases()) // 2
+        skips = len(Schedule(c).scored_phase.order) // 2
         self.skip = {"scaled": ScaledSkip, "gated": GatedSkip}[c.skip_connections](c, skips) if c.skip_connections != "none" else Keep()
         self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, c, Role.HEAD, zero_init=True)
@@ -1853,7 +1848,7 @@ class GPT(Part):
             lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
             if slot < half:
                 skips.append(lanes[0])
-        return FINAL_LANE[self.config.parallel_final_lane](lanes)
+        return (lanes[0] + lanes[-1]) / 2
 
     def logits(self, tokens: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
@@ -1873,7 +1868,7 @@ class GPT(Part):
 # Optimiser
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Owns how averaged gradients become new weights. Muon's work is shared out over the ranks, Adam's is repeated on each; weights stay
-# bit-equal across ranks. All state lives in `state`, under the parameters' names.
+# bit-equal across ranks. All state of a group lives in `state`, and is saved under the parameters' names.
 
 POLYNOMIALS = {
     # Minimax for singular values in [0.001, 1]: arXiv:2505.16932, with its safety factor 1.02 on the norm.
@@ -1937,6 +1932,15 @@ def take_gradients(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> 
     return gradients
 
 
+def compiled(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
+    """Returns `function`, compiled if COMPILE says so: one graph for every combination of shapes and phase that it meets."""
+    if not config.compile:
+        return function
+    # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
+    torch._dynamo.config.recompile_limit = max(32, 2 * len(Schedule(config).phases()) + 4)
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 class MuonGroup:
     """Matrices of one shape, stacked; this rank keeps the state of its share and orthogonalises it.
 
@@ -1951,7 +1955,7 @@ class MuonGroup:
         self.state = {"momentum": like.new_zeros(self.share, *like.shape)}
         if config.normuon_beta2:
             self.state["row_squares"] = like.new_zeros(self.share, like.shape[0], 1)
-        self.direction = torch.compile(self.eager_direction) if config.compile else self.eager_direction
+        self.direction = compiled(self.eager_direction, config)
 
     def reduce(self) -> list[Tensor]:
         """Returns [the gradients of this rank's share, summed over ranks], (share, rows, columns)."""
@@ -2425,6 +2429,14 @@ class Trained(NamedTuple):
     score: Score  # of the trained weights, before quantisation
 
 
+class Moment(NamedTuple):
+    """How far a run had come when a step was queued."""
+
+    step: int
+    seconds: float
+    tokens: int
+
+
 class Pace:
     """Seconds a step, over about the last fifty: a later phase may be slower than the mean of all before it."""
 
@@ -2449,17 +2461,18 @@ class Pace:
 class Trainer:
     """One training run: `train` is the loop, the other methods are what happens between its steps."""
 
-    def __init__(self, run: Run, model: GPT, loader: TrainLoader, validate: Callable[[Callable[..., Tensor]], Score]) -> None:
-        """`validate` scores the model it is given on the whole validation split."""
+    def __init__(self, run: Run, model: GPT, loader: TrainLoader, validate: Callable[[Callable[..., Tensor], Phase], Score]) -> None:
+        """`validate` scores the model it is given on the whole validation split, in the phase that it is given."""
         self.run = run
-        self.forward: Callable[..., Tensor] = torch.compile(model, fullgraph=True, dynamic=False) if run.config.compile else model
+        self.forward = compiled(model, run.config)
         self.state = TrainingState(model, Optimizer(model, run.config, run.world), Averages(model, run.config), loader)
         self.schedule = Schedule(run.config)
         self.score_now = validate
+        self.phase = self.schedule.scored_phase  # of the latest step, without QAT
         self.step = 0
         self.clock = Clock()
-        self.logged = (0, 0.0, 0)  # step, seconds and tokens at the last log line
-        self.in_flight: tuple[int, float, int, HostCopy, Knobs] | None = None  # step, seconds and tokens when it was queued, its numbers, its knobs
+        self.logged = Moment(0, 0.0, 0)  # at the last log line
+        self.in_flight: tuple[Moment, HostCopy, Knobs] | None = None  # the latest step, its numbers on their way
 
     def train(self) -> Trained:
         """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
@@ -2491,7 +2504,7 @@ class Trainer:
         link = ControlLink(world, Control(self.clock.seconds(), stop=False))
         phase: Phase | None = None
         pace = Pace(self.step, self.clock.seconds())
-        self.logged = (self.step, self.clock.seconds(), state.loader.state["tokens"])
+        self.logged = self.moment()
         self.clock.start()
         while True:
             control = link.exchange(self.clock.seconds(), self.run.signals.received is not None)
@@ -2502,12 +2515,13 @@ class Trainer:
             knobs = self.schedule(self.schedule.progress(self.step, control.seconds, step_seconds))
             if knobs.phase != phase:
                 phase = knobs.phase
+                self.phase = replace(phase, qat=False)
                 self.run.log.event("phase", step=self.step, **asdict(phase))
             stats = training_step(self.forward, state.optimizer, state.loader, knobs)
             self.step += 1
             state.averages.update(self.step, knobs.lr_scale)
             self.report()
-            self.in_flight = (self.step, self.clock.seconds(), state.loader.state["tokens"], HostCopy(stats), knobs)
+            self.in_flight = (self.moment(), HostCopy(stats), knobs)
             checkpoint_due = config.checkpoint_every and self.step % config.checkpoint_every == 0
             validation_due = config.val_loss_every and self.step % config.val_loss_every == 0 and self.step < config.iterations
             if world.device.type != "cuda" or checkpoint_due or validation_due:
@@ -2521,38 +2535,43 @@ class Trainer:
         self.clock.pause()
         return late or self.step == config.iterations
 
+    def moment(self) -> Moment:
+        """Returns how far the run has come."""
+        return Moment(self.step, self.clock.seconds(), self.state.loader.state["tokens"])
+
     def report(self) -> None:
         """Reads the numbers of the step in flight, if any, and logs them when their turn has come. Raises Diverged when they are not finite."""
         if self.in_flight is None:
             return
-        (step, seconds, tokens, numbers, knobs), self.in_flight = self.in_flight, None
+        (now, numbers, knobs), self.in_flight = self.in_flight, None
+        step, seconds, _ = now
         loss, grad_norm = numbers.read()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}; that step was not applied. Try a lower learning rate or GRAD_CLIP_NORM=1")
         config = self.run.config
-        steps, elapsed = step - self.logged[0], seconds - self.logged[1]
+        steps, elapsed = step - self.logged.step, seconds - self.logged.seconds
         remaining = (config.iterations - step) * seconds / step
         if config.max_wallclock_seconds:
             remaining = min(remaining, max(config.max_wallclock_seconds - seconds, 0.0))
         event = {
             "step": step, "steps": config.iterations, "train_loss": loss, "grad_norm": grad_norm, "lr_scale": knobs.lr_scale,
-            "step_ms": 1000 * elapsed / max(steps, 1), "tokens_per_second": (tokens - self.logged[2]) / max(elapsed, 1e-9),
+            "step_ms": 1000 * elapsed / max(steps, 1), "tokens_per_second": (now.tokens - self.logged.tokens) / max(elapsed, 1e-9),
             "train_seconds": seconds, "remaining_seconds": remaining,
         }
         if step % config.train_log_every == 0 or step in (1, config.iterations):
             self.run.log.event("step", **event)
-            self.logged = (step, seconds, tokens)
+            self.logged = now
         else:
             self.run.log.progress(step_line(event))
 
     def validate(self) -> Score:
-        """Returns the score of the weights, averaged if they are to be; the clock does not count it."""
+        """Returns the score of the weights, averaged if they are to be, with the layers of the latest step; the clock does not count it."""
         synchronise(self.run.world)
         running = self.clock.started is not None
         if running:
             self.clock.pause()
         with self.state.averages.applied():
-            score = self.score_now(self.forward)
+            score = self.score_now(self.forward, self.phase)
         self.run.log.event("val", step=self.step, train_seconds=self.clock.seconds(), **score._asdict())
         if running:
             self.clock.start()
@@ -2568,6 +2587,8 @@ class Trainer:
             return False
         saved = read_checkpoint(path)
         check_same_settings(saved["settings"], self.run.config)
+        if self.run.world.is_main:
+            write_config(self.run.folder, self.run.config)
         self.state.load(saved["state"])
         self.step, self.clock = saved["step"], Clock(saved["seconds"])
         self.run.log.note(f"resumed after step {self.step}, {saved['seconds']:.1f} s into training")
@@ -2791,13 +2812,13 @@ def plan_windows(inputs: int, window: int, stride: int) -> np.ndarray:
     return np.stack([ends - window, firsts, ends], axis=1)
 
 
-def score_windows(run: Run, forward: Callable[..., Tensor], val: ValData, stride: int, label: str) -> np.ndarray:
+def score_windows(run: Run, forward: Callable[..., Tensor], val: ValData, stride: int, phase: Phase, label: str) -> np.ndarray:
     """Returns the nats of this rank's share of the targets, in text order: float32. The share is a contiguous run of windows."""
     config, world = run.config, run.world
     plan = plan_windows(len(val.tokens) - 1, config.window, stride)
     mine = plan[len(plan) * world.rank // world.size : len(plan) * (world.rank + 1) // world.size]
     batch = max(min(config.val_batch_size // (config.window * world.size), len(mine)), 1)
-    phase = replace(Schedule(config).scored_phase, seq_len=config.window)
+    phase = replace(phase, seq_len=config.window, batch_tokens=0)
     scores, began = [np.empty(0, dtype=np.float32)], time.perf_counter()
     for index in range(0, len(mine), batch):
         windows = mine[index : index + batch]
@@ -2812,12 +2833,15 @@ def score_windows(run: Run, forward: Callable[..., Tensor], val: ValData, stride
     return np.concatenate(scores)
 
 
-def evaluate(run: Run, forward: Callable[..., Tensor], val: ValData, name: str, scores_file: str = "") -> Score:
-    """Returns the score of the whole validation split under the evaluation `name`; writes every target's nats to `scores_file` if given."""
+def evaluate(run: Run, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, scores_file: str = "") -> Score:
+    """Returns the score of the whole validation split under the evaluation `name`, with the layers of `phase`.
+
+    Writes every target's nats to `scores_file` if given.
+    """
     began = time.perf_counter()
     stride = {"chunked": run.config.window, "sliding": run.config.eval_stride}[name]
     with torch.inference_mode():
-        nats = score_windows(run, forward, val, stride, name)
+        nats = score_windows(run, forward, val, stride, phase, name)
     total, targets = run.world.sum_float64([float(nats.sum(dtype=np.float64)), float(len(nats))])
     assert targets == len(val.tokens) - 1, "every target is scored exactly once"
     if scores_file:
@@ -2903,7 +2927,7 @@ def open_folder(config: Config, world: World, source: str) -> Path:
                 if not config.resume:
                     folder.mkdir(parents=True)
                     atomic_write(folder / "train_gpt.py", source.encode())
-                atomic_write(folder / "config.env", config_lines(replace(config, resume=False)).encode())
+                    write_config(folder, config)
         except OSError as error:
             problem = f"RUNS_DIR={config.runs_dir}: cannot write there ({error}); choose another place with RUNS_DIR="
     problem = world.from_main(problem)
@@ -2914,10 +2938,12 @@ def open_folder(config: Config, world: World, source: str) -> Path:
 
 def environment_event(world: World, source: str, model: GPT) -> dict[str, Any]:
     """Returns what the numbers of a run depend on besides its settings."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    git, commit = shutil.which("git"), ""
+    if git:
+        commit = subprocess.run([git, "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{world.device.type} ({torch.get_num_threads()} threads)"
     return {
-        "commit": git.stdout.strip()[:12] if git.returncode == 0 else "unknown", "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "commit": commit.strip()[:12] or "unknown", "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "device": world.device.type, "device_name": name, "world_size": world.size,
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -2953,10 +2979,10 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     """Returns the scores of the model read back from `artifact`, by evaluation: chunked, and FINAL_EVAL."""
     config = run.config
     model = read_artifact(artifact, config, config.artifact or str(run.folder / "artifact.bin"), run.world.device)
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
-    scores = {}
+    forward = compiled(model, config)
+    phase, scores = Schedule(config).scored_phase, {}
     for name in dict.fromkeys(("chunked", config.final_eval)):
-        scores[name] = evaluate(run, forward, val, name, config.scores_file if name == config.final_eval else "")
+        scores[name] = evaluate(run, forward, val, name, phase, config.scores_file if name == config.final_eval else "")
         run.log.event("eval", name=name, **scores[name]._asdict())
     return scores
 
@@ -2977,13 +3003,14 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     torch.manual_seed(config.seed)
     model = GPT(config, compute_dtype(config, world.device)).to(world.device)
     model.init_weights()
+    world.copy_from_main([parameter.data for parameter in model.parameters()])  # drawn alike on equal machines, but nothing promises it
     run = open_run(config, world, signals, source, model)
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}
     try:
         if loader is not None and val is not None:
-            trained = Trainer(run, model, loader, lambda forward: evaluate(run, forward, val, "chunked")).train()
+            trained = Trainer(run, model, loader, lambda forward, phase: evaluate(run, forward, val, "chunked", phase)).train()
         elif checkpoint is not None:
             load_weights(model, checkpoint["state"]["model"])
         if "export" in stages:

@@ -68,7 +68,9 @@ def tiny(corpus: Path) -> Callable[..., train_gpt.Config]:
 def tiny_arguments(corpus: Path, vocab: int, **settings: Any) -> list[str]:
     """Arguments of a run that takes a second on a CPU; `settings` are laid over it."""
     base = {
-        "PRESET": "demo", "SCALE": "tiny", "DEVICE": "cpu", "DATA_PATH": corpus, "TOKENIZER_PATH": corpus / "tokenizer.model", "VOCAB_SIZE": vocab,
+        "PRESET": "baseline", "SCALE": "tiny", "DEVICE": "cpu", "DATA_PATH": corpus, "TOKENIZER_PATH": corpus / "tokenizer.model", "VOCAB_SIZE": vocab,
+        "DOC_MASK": 1, "DATA_SHUFFLE": 1, "MATRIX_INIT": "orthogonal", "MUON_COEFFICIENTS": "polar_express", "MLP_MULT": 3, "TIED_EMBED_LR": 0.03,
+        "WARMDOWN_FRAC": 0.9, "QAT_START_FRAC": 0.8, "FINAL_EVAL": "sliding",
         "NUM_LAYERS": 3, "MODEL_DIM": 32, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256,
         "MICRO_BATCH_TOKENS": 256, "VAL_BATCH_SIZE": 2048, "EVAL_STRIDE": 16, "ITERATIONS": 8, "TRAIN_LOG_EVERY": 1, "CHECKPOINT_EVERY": 0,
     }  # fmt: skip

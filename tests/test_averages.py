@@ -265,9 +265,9 @@ def test_a_run_validates_saves_and_exports_its_averaged_weights(run_here: Callab
     def validate(self: train_gpt.Trainer) -> train_gpt.Score:
         score_now = self.score_now
 
-        def score(forward: Any) -> train_gpt.Score:
+        def score(forward: Any, phase: train_gpt.Phase) -> train_gpt.Score:
             scored.append({name: parameter.detach().clone() for name, parameter in self.state.model.named_parameters()})
-            return score_now(forward)
+            return score_now(forward, phase)
 
         self.score_now = score
         try:

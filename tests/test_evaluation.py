@@ -35,7 +35,7 @@ def new_run(config: train_gpt.Config, folder: Path, rank: int = 0, ranks: int = 
 def score(config: train_gpt.Config, model: Model, val: train_gpt.ValData, stride: int) -> np.ndarray:
     """Returns the nats of every target, from one rank."""
     with torch.inference_mode():
-        return train_gpt.score_windows(new_run(config, Path()), model, val, stride, "test")
+        return train_gpt.score_windows(new_run(config, Path()), model, val, stride, train_gpt.Schedule(config).scored_phase, "test")
 
 
 def beginning(val: train_gpt.ValData, tokens: int) -> train_gpt.ValData:
@@ -132,7 +132,7 @@ def test_evaluations_are_called_by_name(tiny: Start, val: train_gpt.ValData, tmp
     model = lively_model(config, torch.float32)
     for name, stride in (("chunked", 24), ("sliding", 5)):
         nats = score(config, model, val, stride)
-        result = train_gpt.evaluate(new_run(config, tmp_path), model, val, name)
+        result = train_gpt.evaluate(new_run(config, tmp_path), model, val, name, train_gpt.Schedule(config).scored_phase)
         assert result.val_loss == nats.sum(dtype=np.float64) / len(nats) and result.targets == len(val.tokens) - 1
 
 
@@ -156,7 +156,8 @@ def test_the_shares_of_any_number_of_ranks_are_the_scores_of_one_in_order(
 ) -> None:
     """200 ranks are more than there are windows: some have nothing to do."""
     with torch.inference_mode():
-        shares = [train_gpt.score_windows(new_run(config, Path(), rank, ranks), model, val, 16, "test") for rank in range(ranks)]
+        phase = train_gpt.Schedule(config).scored_phase
+        shares = [train_gpt.score_windows(new_run(config, Path(), rank, ranks), model, val, 16, phase, "test") for rank in range(ranks)]
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 16 + WINDOW and (min(sizes) == 0) == (ranks == 200), "work is spread evenly"
     expected = score(config, model, val, 16)
@@ -182,7 +183,7 @@ def test_no_score_depends_on_a_later_token(config: train_gpt.Config, model: trai
     other = 5 if val.tokens[at] != 5 else 6
 
     def scores(data: train_gpt.ValData) -> np.ndarray:
-        train_gpt.evaluate(run, model, data, name, str(tmp_path / "scores.npy"))
+        train_gpt.evaluate(run, model, data, name, train_gpt.Schedule(config).scored_phase, str(tmp_path / "scores.npy"))
         return np.load(tmp_path / "scores.npy")
 
     before, after = scores(val), scores(with_tokens(val, at, other))
@@ -227,7 +228,7 @@ def test_bits_per_byte_are_all_nats_over_all_bytes_of_the_text(tiny: Start, val:
     config = tiny()
     text_bytes = sum(len(document.encode()) for document in (corpus / "val.txt").read_text(encoding="utf-8").split("\x00"))
     model = lively_model(config, torch.float32)
-    result = train_gpt.evaluate(new_run(config, tmp_path), model, val, "chunked")
+    result = train_gpt.evaluate(new_run(config, tmp_path), model, val, "chunked", train_gpt.Schedule(config).scored_phase)
     nats = score(config, model, val, WINDOW)
     assert result.bytes == text_bytes
     assert result.targets == len(nats) == len(val.tokens) - 1
@@ -261,9 +262,9 @@ def test_a_scores_file_appears_whole_or_not_at_all(tiny: Start, val: train_gpt.V
     with monkeypatch.context() as patched:
         patched.setattr(np, "save", full_disk)
         with pytest.raises(OSError, match="no space left"):
-            train_gpt.evaluate(new_run(config, tmp_path), model, val, "chunked", str(path))
+            train_gpt.evaluate(new_run(config, tmp_path), model, val, "chunked", train_gpt.Schedule(config).scored_phase, str(path))
     assert path.read_bytes() == b"the scores of before"
-    train_gpt.evaluate(new_run(config, tmp_path), model, val, "chunked", str(path))
+    train_gpt.evaluate(new_run(config, tmp_path), model, val, "chunked", train_gpt.Schedule(config).scored_phase, str(path))
     assert (np.load(path) == score(config, model, val, WINDOW)).all()
 
 

@@ -95,10 +95,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
         {"skip_connections": "none"}, {"skip_connections": "gated"}, {"logit_softcap_negative": 2.0},
         LOOPED, {**LOOPED, "loop_embedding": True, "skip_connections": "gated"}, {"num_loops": 3, "loop_end": 3, "loop_embedding": True},
         {"parallel_residuals": "gptj"}, {"parallel_residuals": "gptj", "parallel_start_layer": 2, **LOOPED},
-        {"parallel_residuals": "lanes"}, {"parallel_residuals": "lanes", "parallel_start_layer": 1, "parallel_final_lane": "attention"},
-        {"parallel_residuals": "lanes", "parallel_start_layer": 2, "parallel_final_lane": "mlp", "skip_connections": "gated"},
+        {"parallel_residuals": "lanes"}, {"parallel_residuals": "lanes", "parallel_start_layer": 1},
+        {"parallel_residuals": "lanes", "parallel_start_layer": 2, "skip_connections": "gated"},
         {"parallel_residuals": "lanes", "parallel_start_layer": 3, **LOOPED, "loop_embedding": True},
-        {"parallel_final_lane": "mlp"},
         *EVERYTHING.values(),
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items())[:80],
@@ -424,25 +423,6 @@ def test_a_factored_embedding_equals_the_full_table_of_its_product(tied: bool) -
     assert thin.embedding.table.weight.shape == (24, 5)
 
 
-@pytest.mark.parametrize("rank", [0, 6])
-@pytest.mark.parametrize("std", [0.005, 0.3])
-def test_overtone_embeddings_have_singular_values_that_fall_as_the_root(std: float, rank: int) -> None:
-    model = fresh_model(small_config(vocab_size=400, embed_init="overtone", tied_embed_init_std=std, embed_rank=rank))
-    singular = torch.linalg.svdvals(model.embedding.table.weight)
-    torch.testing.assert_close(singular / singular[0], torch.arange(1, len(singular) + 1, dtype=torch.float64) ** -0.5, rtol=1e-5, atol=0)
-    plain = fresh_model(small_config(vocab_size=400, tied_embed_init_std=std, embed_rank=rank)).embedding.table.weight
-    torch.testing.assert_close(singular[0], torch.linalg.svdvals(plain)[0], rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("layers", [2, 4])
-def test_a_phase_transition_mixes_in_the_embedding_first_and_the_stream_last(layers: int) -> None:
-    model = fresh_model(small_config(num_layers=layers, mix_init="phase_transition"))
-    for layer, block in enumerate(model.blocks):
-        share = 1 / (1 + math.exp(-3 * (layer / (layers - 1) - 1 / 2)))
-        expected = torch.tensor([[share], [1 - share]], dtype=torch.float64).expand(2, 16)
-        torch.testing.assert_close(block.mix.detach(), expected, rtol=0, atol=1e-7)
-
-
 @pytest.mark.parametrize(("multiple", "width", "gated_width"), [(3.0, 48, 32), (2.0, 32, 21), (0.5, 8, 5)])
 def test_swiglu_has_two_thirds_of_the_width_so_that_weights_are_as_many(multiple: float, width: int, gated_width: int) -> None:
     plain, gated = (train_gpt.Block(small_config(mlp_mult=multiple, swiglu=swiglu), 0).mlp for swiglu in (False, True))
@@ -613,7 +593,7 @@ def test_the_loop_embedding_starts_as_nothing() -> None:
 # Fields of the config's model section that are sizes. Every other one is a switch.
 SIZES = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "bigram_hash_dim", "value_embed_dim"}
 # Switches of the initial weights, which the config has among the settings of training.
-STARTS = {"qk_gain_init", "matrix_init", "tied_embed_init_std", "embed_init", "mix_init"}
+STARTS = {"qk_gain_init", "matrix_init", "tied_embed_init_std"}
 # In which of EVERYTHING a switch is tried, and the value it has instead.
 SWITCHES: list[tuple[str, str, Any]] = [
     ("lanes", "bos_id", 2), ("lanes", "leaky_relu_slope", 0.0), ("gptj", "swiglu", False), ("gptj", "tie_embeddings", True), ("lanes", "embed_rank", 0),
@@ -625,11 +605,10 @@ SWITCHES: list[tuple[str, str, Any]] = [
     ("gptj", "attention_gate_window", 3), ("lanes", "gate_window", 2), ("gptj", "ln_scale", False), ("lanes", "skip_connections", "none"),
     ("lanes", "skip_connections", "scaled"), ("gptj", "skip_connections", "none"), ("gptj", "parallel_residuals", "none"),
     ("lanes", "parallel_residuals", "gptj"), ("lanes", "parallel_start_layer", 4), ("gptj", "parallel_start_layer", 2),
-    ("lanes", "parallel_final_lane", "mlp"), ("lanes", "parallel_final_lane", "attention"), ("lanes", "num_loops", 2), ("lanes", "loop_start", 2),
+    ("lanes", "num_loops", 2), ("lanes", "loop_start", 2),
     ("lanes", "loop_end", 1), ("gptj", "enable_looping_at", 0.9), ("lanes", "loop_embedding", False), ("gptj", "logit_softcap", 3.0),
     ("lanes", "logit_softcap_negative", 0.0), ("lanes", "doc_mask", False), ("lanes", "matrix_bits", 4), ("gptj", "matrix_bits", 4),
     ("lanes", "embed_bits", 4), ("gptj", "qk_gain_init", 3.0), ("gptj", "matrix_init", "uniform"), ("lanes", "tied_embed_init_std", 0.5),
-    ("lanes", "embed_init", "overtone"), ("gptj", "mix_init", "phase_transition"),
 ]  # fmt: skip
 
 

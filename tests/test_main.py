@@ -61,7 +61,7 @@ def test_the_result_has_the_promised_keys_and_is_the_last_event(reference: Finis
 def test_the_result_agrees_with_the_events(reference: Finished, tiny: Start) -> None:
     result, config = reference.result(), tiny(**REFERENCE)
     (environment,), evals, vals = reference.events("env"), reference.events("eval"), reference.events("val")
-    assert (result["run_id"], result["preset"], result["seed"], result["world_size"], result["device"]) == ("run", "demo", config.seed, 1, "cpu")
+    assert (result["run_id"], result["preset"], result["seed"], result["world_size"], result["device"]) == ("run", "baseline", config.seed, 1, "cpu")
     assert result["torch"] == environment["torch"] == torch.__version__ and result["params"] == environment["params"]
     assert result["steps"] == REFERENCE["ITERATIONS"] and result["train_seconds"] > 0
     assert result["step_ms"] == pytest.approx(1000 * result["train_seconds"] / result["steps"])
@@ -126,7 +126,7 @@ def test_the_score_is_that_of_the_artifact_whatever_was_trained(run_here: RunHer
     world = train_gpt.World("cpu")
     run = train_gpt.Run(config, world, train_gpt.Log(None), tmp_path, train_gpt.StopSignals(), source="")
     model = train_gpt.read_artifact((tmp_path / "runs" / "run" / "artifact.bin").read_bytes(), config, "artifact.bin")
-    expected = train_gpt.evaluate(run, model, train_gpt.load_val(config), "sliding")
+    expected = train_gpt.evaluate(run, model, train_gpt.load_val(config), "sliding", train_gpt.Schedule(config).scored_phase)
     assert (result["val_loss"], result["val_bpb"]) == (expected.val_loss, expected.val_bpb)
     assert abs(result["val_bpb"] - result["pre_quant_val_bpb"]) > 0.1, "the trained weights would have another score"
 
@@ -144,7 +144,7 @@ def test_a_run_without_a_name_gets_one(run_here: RunHere, tmp_path: Path) -> Non
     ended = run_here(tmp_path, STAGES="train", ITERATIONS=1, WARMUP_STEPS=0, RUN_ID="")
     assert ended.code == 0, ended.errors
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.endswith("-demo") and Finished(folder, Path(), "").result()["run_id"] == folder.name
+    assert folder.name.endswith("-baseline") and Finished(folder, Path(), "").result()["run_id"] == folder.name
     assert f"RUN_ID={folder.name}\n" in (folder / "config.env").read_text(encoding="utf-8")
 
 
@@ -235,3 +235,11 @@ def test_importing_the_script_does_nothing(tmp_path: Path) -> None:
     report = json.loads(ended.stdout)
     assert report["before"] == report["after"]
     assert report["read"] == []
+
+
+def test_a_machine_without_git_still_runs(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
+    ended = run_here(tmp_path, STAGES="train", ITERATIONS=1, WARMUP_STEPS=0)
+    assert ended.code == 0, ended.errors
+    [environment] = Finished(tmp_path / "runs" / "run", Path(), "").events("env")
+    assert environment["commit"] == "unknown"

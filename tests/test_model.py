@@ -370,8 +370,7 @@ def reference_losses(model: GPT, config: Config, order: tuple[int, ...], tokens:
         if slot < len(order) // 2:
             pushed.append(stream)
     if second is not None:
-        mean = [(x + y) / 2 for x, y in zip(stream, second, strict=True)]
-        stream = {"mean": mean, "attention": stream, "mlp": second}[config.parallel_final_lane]
+        stream = [(x + y) / 2 for x, y in zip(stream, second, strict=True)]
     raw = [(table if config.tie_embeddings else weights["head.weight"]) @ norm(x) for x in stream]
     positive, negative = config.logit_softcap, config.logit_softcap_negative or config.logit_softcap
     logits = [torch.where(z > 0, positive * torch.tanh(z / positive), negative * torch.tanh(z / negative)) for z in raw]

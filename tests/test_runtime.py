@@ -79,6 +79,9 @@ def call_every_collective() -> None:
     got["gather_strided"] = world.gather(torch.tensor([[0, 1], [2, 3]]).T + 10 * rank).tolist()
     got["gather_objects"] = world.gather_objects({"rank": rank, "text": "x" * (1 + 50 * rank)})
     got["from_main"] = world.from_main(["main", 1] if rank == 0 else None)
+    mine = [torch.full((2,), float(rank + 5)), torch.full((1,), float(rank + 7))]
+    world.copy_from_main(mine)
+    got["copy_from_main"] = [tensor.tolist() for tensor in mine]
 
     link = ControlLink(world, Control(0.5, stop=False))
     sent = [(10.0, False), (11.0, rank == 1), (12.0, False), (13.0, rank == 0), (14.0, False)]
@@ -112,6 +115,7 @@ def test_two_ranks_know_their_place(both_ranks: list[dict[str, Any]]) -> None:
         ("gather_strided", [[0, 2], [1, 3], [10, 12], [11, 13]]),
         ("gather_objects", [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 51}]),
         ("from_main", ["main", 1]),
+        ("copy_from_main", [[5.0, 5.0], [7.0]]),
     ],
 )
 def test_both_ranks_get_the_same(both_ranks: list[dict[str, Any]], name: str, expected: Any) -> None:

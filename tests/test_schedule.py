@@ -209,6 +209,10 @@ def test_rows_may_become_shorter_again_and_such_a_phase_is_listed_once() -> None
     assert [phase.seq_len for phase in schedule.phases()] == [32, 16]
 
 
+def test_without_loops_their_span_says_nothing() -> None:
+    assert schedule_of(num_layers=4, loop_start=2, loop_end=9).phases()[0].order == (0, 1, 2, 3)
+
+
 def step_lists(values: list[int]) -> st.SearchStrategy[str]:
     """Texts such as 16@0.25,32@1, with up to four values and fractions in hundredths."""
     inner = st.lists(st.integers(1, 99), unique=True, max_size=3).map(sorted)
@@ -223,12 +227,13 @@ def test_phases_are_exactly_those_that_progress_reaches(data: st.DataObject) -> 
     layers = data.draw(st.integers(2, 6))
     first = data.draw(st.integers(0, layers - 1))
     seq_schedule = data.draw(st.just("") | step_lists([16, 32, 48]))
+    batch_schedule = data.draw(st.just("") | step_lists([96, 192, 288]))
     config = Config(
         iterations=1000, max_wallclock_seconds=0.0, final_eval="chunked", num_layers=layers,
         num_loops=data.draw(st.integers(0, 3)), loop_start=first, loop_end=data.draw(st.integers(first, layers - 1)),
         enable_looping_at=data.draw(st.integers(0, 99)) / 100, qat_start_frac=data.draw(st.integers(0, 100)) / 100,
         train_seq_len=max((value for value, _ in parse_steps(seq_schedule)), default=32), train_seq_schedule=seq_schedule,
-        train_batch_schedule=data.draw(st.just("") | step_lists([96, 192, 288])), train_batch_tokens=384,
+        train_batch_schedule=batch_schedule, train_batch_tokens=max((value for value, _ in parse_steps(batch_schedule)), default=384),
     )  # fmt: skip
     assert validate(config) == []
     schedule = Schedule(config)

@@ -77,7 +77,21 @@ def new_trainer(config: train_gpt.Config, folder: Path, validate: Callable[..., 
     model.init_weights()
     folder.mkdir(exist_ok=True)
     run = train_gpt.Run(config, world, train_gpt.Log(folder), folder, train_gpt.StopSignals(), source="")
-    return train_gpt.Trainer(run, model, train_gpt.TrainLoader(config), validate or (lambda forward: train_gpt.Score(1.0, 1.0, 0.0, 1, 1)))
+    return train_gpt.Trainer(run, model, train_gpt.TrainLoader(config), validate or (lambda forward, phase: train_gpt.Score(1.0, 1.0, 0.0, 1, 1)))
+
+
+def test_validation_runs_the_layers_of_the_latest_step(tiny: Start, tmp_path: Path) -> None:
+    """Loops that training has not reached yet would score a network that nobody trained; QAT is for training alone."""
+    config = tiny(NUM_LOOPS=1, LOOP_END=1, ENABLE_LOOPING_AT=0.5, QAT_START_FRAC=0.8, VAL_LOSS_EVERY=2, WARMUP_STEPS=0)
+    seen: list[train_gpt.Phase] = []
+
+    def validate(forward: Callable[..., Any], phase: train_gpt.Phase) -> train_gpt.Score:
+        seen.append(phase)
+        return train_gpt.Score(1.0, 1.0, 0.0, 1, 1)
+
+    new_trainer(config, tmp_path / "run", validate).train()
+    assert [phase.order for phase in seen] == [(0, 1, 2)] * 2 + [(0, 1, 0, 1, 2)] * 2
+    assert not any(phase.qat for phase in seen)
 
 
 def assert_same_checkpoint(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -262,7 +276,7 @@ def test_training_stops_just_before_the_wall_clock_limit_and_validation_is_not_c
     clock = FakeTime(monkeypatch, step_seconds)
     validated: list[float] = []
 
-    def validate(forward: Callable[..., Any]) -> train_gpt.Score:
+    def validate(forward: Callable[..., Any], phase: train_gpt.Phase) -> train_gpt.Score:
         validated.append(clock.now)
         clock.now += 1000
         return train_gpt.Score(1.0, 1.0, 1000.0, 1, 1)
@@ -570,12 +584,13 @@ def copied(reference: Finished, tmp_path: Path) -> Path:
 
 def test_other_settings_are_listed_and_refused(run_here: RunHere, reference: Finished, tmp_path: Path) -> None:
     checkpoint = copied(reference, tmp_path)
-    before = checkpoint.read_bytes()
+    before, settings = checkpoint.read_bytes(), (checkpoint.parent / "config.env").read_bytes()
     ended = run_here(tmp_path, **REFERENCE, RESUME=1, SEED=7, MATRIX_LR=0.5, EVAL_STRIDE=8, TRAIN_LOG_EVERY=3)
     assert ended.code == 1
     assert "SEED: checkpoint 1337, now 7" in ended.errors and "MATRIX_LR: checkpoint 0.04, now 0.5" in ended.errors
     assert ended.errors.count(": checkpoint ") == 2, "EVAL_STRIDE and TRAIN_LOG_EVERY do not reach the weights"
     assert checkpoint.read_bytes() == before
+    assert (checkpoint.parent / "config.env").read_bytes() == settings, "which the error tells the user to go on with"
 
 
 def test_every_setting_that_reaches_the_weights_must_stay(reference: Finished, tiny: Start) -> None:

@@ -11,6 +11,8 @@ again; the table is records/ablation_cpu/README.md. Text: the bundled Shakespear
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,25 +24,30 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
 FOLDER = ROOT / "records" / "ablation_cpu"
 RESULTS = FOLDER / "results.jsonl"
 RATIOS = FOLDER / "step_time_ratios.json"
 TECHNIQUES = ROOT / "records" / "TECHNIQUES.md"
 SEEDS = (1337, 1, 2, 3, 4)
 
+# Over the plain defaults of the script: 4 layers of width 96.
 BASE = (
-    "PRESET=demo COMPILE=0 NUM_LAYERS=4 MODEL_DIM=96 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=1024 "
-    "MICRO_BATCH_TOKENS=1024 ITERATIONS=400 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.6 VAL_LOSS_EVERY=0 "
-    "CHECKPOINT_EVERY=0 QAT_START_FRAC=1 MUON_MOMENTUM_WARMUP_STEPS=100 TRAIN_LOG_EVERY=100 DEVICE=cpu LEAKY_RELU_SLOPE=0 XSA_LAST_N=0 ROPE_DIMS=0 "
-    "ATTENTION_GATE_WINDOW=0 LN_SCALE=0 SKIP_CONNECTIONS=scaled PARALLEL_RESIDUALS=none NUM_LOOPS=0 LOOP_EMBEDDING=0 EMBED_RANK=0 USE_SMEARGATE=0 "
-    "BIGRAM_HASH_BUCKETS=0 VALUE_EMBED_LAYERS= QK_GAIN_INIT=1.5 MUON_ROW_NORMALIZE=0 NORMUON_BETA2=0 MUON_WEIGHT_DECAY=0 EMBED_WEIGHT_DECAY=0 "
-    "SCALAR_WEIGHT_DECAY=0 CAUTIOUS_WEIGHT_DECAY=0 WEIGHT_DECAY_TAPER_FRAC=1 EMA_DECAY=0 LAWA_K=0 SWA_EVERY=0 TRAIN_SEQ_SCHEDULE= TRAIN_BATCH_SCHEDULE= "
-    "WARMDOWN_ENDS=1 LR_FLOOR_FRAC=0 GRAD_CLIP_NORM=0"
+    "PRESET=baseline DATA_PATH=data/datasets/shakespeare_sp1024 TOKENIZER_PATH=data/datasets/shakespeare_sp1024/tokenizer.model DEVICE=cpu COMPILE=0 "
+    "DOC_MASK=1 DATA_SHUFFLE=1 MATRIX_INIT=orthogonal MUON_COEFFICIENTS=polar_express NUM_LAYERS=4 MODEL_DIM=96 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3 "
+    "TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=1024 MICRO_BATCH_TOKENS=1024 VAL_BATCH_SIZE=16384 ITERATIONS=400 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 "
+    "WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.6 MATRIX_LR=0.04 SCALAR_LR=0.04 TIED_EMBED_LR=0.03 MUON_MOMENTUM_WARMUP_STEPS=100 VAL_LOSS_EVERY=0 "
+    "TRAIN_LOG_EVERY=100"
 )
 WD = "MUON_WEIGHT_DECAY=0.1 EMBED_WEIGHT_DECAY=0.1"
 BIGRAM = "BIGRAM_HASH_BUCKETS=1024 BIGRAM_HASH_DIM=48"
@@ -61,14 +68,10 @@ VARIANTS = {
     "gated skips": "SKIP_CONNECTIONS=gated",
     "parallel gptj": "PARALLEL_RESIDUALS=gptj PARALLEL_START_LAYER=2",
     "parallel lanes": "PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=2",
-    "parallel lanes, attention leaves > parallel lanes": "PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=2 PARALLEL_FINAL_LANE=attention",
-    "parallel lanes, mlp leaves > parallel lanes": "PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=2 PARALLEL_FINAL_LANE=mlp",
     "loop 1-2 twice": "NUM_LOOPS=1 LOOP_START=1 LOOP_END=2",
     "loop 1-2 twice from 0.35": "NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.35",
     "loop 1-2 twice, loop embedding > loop 1-2 twice": "NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 LOOP_EMBEDDING=1",
     "embed rank 48": "EMBED_RANK=48",
-    "overtone init": "EMBED_INIT=overtone",
-    "phase transition mix": "MIX_INIT=phase_transition",
     "smear blend, keep 0.95": "USE_SMEARGATE=1",
     "smear blend, keep 0.5": "USE_SMEARGATE=1 SMEARGATE_INIT=0",
     "smear add": "USE_SMEARGATE=1 SMEARGATE_KIND=add",
@@ -99,11 +102,15 @@ VARIANTS = {
     "lawa, lr floor 0.1 > lr floor 0.1": "LR_FLOOR_FRAC=0.1 LAWA_K=5 LAWA_EVERY=5",
     "swa, lr floor 0.1 > lr floor 0.1": "LR_FLOOR_FRAC=0.1 SWA_EVERY=5 SWA_START_LR_SCALE=0.2",
     "rows 32, 64, 128": "TRAIN_SEQ_SCHEDULE=32@0.2,64@0.5,128@1",
-    "batch 512, 1024": "TRAIN_BATCH_SCHEDULE=512@0.3,1024@1",
+    "batch 512, 1024, equal tokens": "TRAIN_BATCH_SCHEDULE=512@0.3,1024@1 ITERATIONS=470",
     "no document mask": "DOC_MASK=0",
 }
 # Lost, and their settings are gone from the script: their results stay in the table.
 REMOVED = {
+    "parallel lanes, attention leaves > parallel lanes": "PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=2 PARALLEL_FINAL_LANE=attention",
+    "parallel lanes, mlp leaves > parallel lanes": "PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=2 PARALLEL_FINAL_LANE=mlp",
+    "overtone init": "EMBED_INIT=overtone",
+    "phase transition mix": "MIX_INIT=phase_transition",
     "lr warm-up 20": "LR_WARMUP_STEPS=20",
     "decay 1 - sqrt": "WARMDOWN_SHAPE=sqrt",
     "decay cosine": "WARMDOWN_SHAPE=cosine",
@@ -120,12 +127,22 @@ def reference_of(name: str) -> str:
     return name.split(" > ")[1] if " > " in name else "base"
 
 
+def digest_of(name: str) -> str:
+    """Returns a digest of the whole configuration that a variant's settings come to, "" where they are settings no more."""
+    if name in REMOVED:
+        return ""
+    config = asdict(train_gpt.parse_config(settings_of(name), {}))
+    return hashlib.sha256(repr(sorted((key, value) for key, value in config.items() if value != getattr(train_gpt.Config, key))).encode()).hexdigest()[:16]
+
+
 def finished() -> list[dict[str, Any]]:
-    """Returns the kept results whose settings are still those of their variant."""
+    """Returns the kept results whose configuration is still that of their variant."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     results = [json.loads(line) for line in lines]
-    known = {"base", *VARIANTS, *REMOVED}
-    return [result for result in results if result["variant"] in known and result["settings"] == " ".join(settings_of(result["variant"]))]
+    digests = {name: digest_of(name) for name in ("base", *VARIANTS, *REMOVED)}
+    used = [digest for digest in digests.values() if digest]
+    assert len(used) == len(set(used)), "two variants are one configuration"
+    return [result for result in results if digests.get(result["variant"], "gone") in (result["config"], "")]
 
 
 def run_trial(name: str, seed: int, lock: Lock) -> dict[str, Any]:
@@ -133,14 +150,14 @@ def run_trial(name: str, seed: int, lock: Lock) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train_gpt.py"), *settings_of(name), f"SEED={seed}", "STAGES=train", "RUN_ID=trial", f"RUNS_DIR={folder}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {key: value for key, value in os.environ.items() if key not in train_gpt.SETTINGS} | {"OMP_NUM_THREADS": "1"}
         process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if process.returncode:
             raise RuntimeError(f"{name}, seed {seed}: exit code {process.returncode}\n{process.stderr}")
         run = json.loads((Path(folder) / "trial" / "result.json").read_text(encoding="utf-8"))
     result = {
         "variant": name, "seed": seed, "bpb": run["pre_quant_val_bpb"], "params": run["params"], "steps": run["steps"], "torch": run["torch"],
-        "seconds": round(time.perf_counter() - began, 1), "settings": " ".join(settings_of(name)),
+        "seconds": round(time.perf_counter() - began, 1), "config": digest_of(name),
     }  # fmt: skip
     with lock, open(RESULTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
@@ -149,11 +166,6 @@ def run_trial(name: str, seed: int, lock: Lock) -> dict[str, Any]:
 
 def time_variants(names: list[str]) -> None:
     """Keeps the step time of every variant as a ratio to the base's: both take turns in this process, so that the machine's load hits both."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    import train_gpt
-
     torch.set_num_threads(1)
     world = train_gpt.World("cpu")
 
@@ -165,11 +177,12 @@ def time_variants(names: list[str]) -> None:
         optimizer, averages = train_gpt.Optimizer(model, config, world), train_gpt.Averages(model, config)
         loader, schedule = train_gpt.TrainLoader(config), train_gpt.Schedule(config)
         knobs = schedule(train_gpt.Progress(380, 0.95, 20.0))  # near the end: loops on, rows at full length
+        numbers = itertools.count(381)
 
         def step() -> float:
             began = time.perf_counter()
             train_gpt.training_step(model, optimizer, loader, knobs)
-            averages.update(380, knobs.lr_scale)
+            averages.update(next(numbers), knobs.lr_scale)
             return time.perf_counter() - began
 
         return step
