@@ -349,10 +349,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parallel_residuals": "lanes", "parallel_start_layer": 3, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,norm,smear",
         "bigram_hash_buckets": 2048, "bigram_hash_dim": 64, "bigram_hash_scale": 0.05, "value_embed_layers": "2,3", "value_embed_dim": 64,
         "train_seq_len": 128, "train_seq_schedule": "64@0.2,128@1", "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
-        "iterations": 640, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
+        "iterations": 680, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
         "muon_momentum_warmup_steps": 100, "muon_row_normalize": True, "normuon_beta2": 0.95, "muon_weight_decay": 0.1, "embed_weight_decay": 0.1,
         "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
-        "checkpoint_every": 100, "val_loss_every": 320, "train_log_every": 50, "qat_start_frac": 0.8,
+        "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50, "qat_start_frac": 0.8,
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
@@ -1321,14 +1321,10 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
 ATTENTION_BACKENDS = {"sdpa": attention_sdpa, "reference": attention_reference}
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Returns x scaled to unit root mean square along its last dimension; no learned weight."""
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-def scaled_rms_norm(x: Tensor, scale: float) -> Tensor:
-    """Returns x scaled to a root mean square of `scale`."""
-    return scale * rms_norm(x)
+def rms_norm(x: Tensor, scale: float | None = None) -> Tensor:
+    """Returns x scaled to unit root mean square along its last dimension, or to one of `scale`; no learned weight."""
+    normed = F.rms_norm(x, (x.shape[-1],))
+    return normed if scale is None else scale * normed
 
 
 def rotary_frequencies(config: Config, length: int, device: torch.device | str = "cpu") -> Tensor:
@@ -1665,7 +1661,7 @@ class Block(Part):
         c = config
         self.attention = Attention(c, layer)
         self.mlp = SwiGLU(c) if c.swiglu else MLP(c)
-        self.norm = partial(scaled_rms_norm, scale=1 / math.sqrt(layer + 1)) if c.ln_scale else rms_norm
+        self.norm = partial(rms_norm, scale=1 / math.sqrt(layer + 1)) if c.ln_scale else rms_norm
         self.declare("mix", Role.GAIN, (2, c.model_dim), stream_alone)
         self.declare("attention_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
         self.declare("mlp_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
@@ -1803,15 +1799,11 @@ class GPT(Part):
         self.embedding = Embedding(c)
         self.stages = input_stages(c)
         self.value_embedding = ValueEmbedding(c) if c.value_embed_layers else None
-        routes = Routes(c) if c.parallel_residuals == "lanes" else None
-        self.blocks = nn.ModuleList()
-        for layer in range(c.num_layers):
-            if c.parallel_residuals == "none" or layer < c.parallel_start_layer:
-                self.blocks.append(Block(c, layer))
-            else:
-                self.blocks.append(ParallelBlock(c, layer) if routes is None else LaneBlock(c, layer, routes))
-        skips = len(Schedule(c).scored_phase.order) // 2
-        self.skip = {"scaled": ScaledSkip, "gated": GatedSkip}[c.skip_connections](c, skips) if c.skip_connections != "none" else Keep()
+        late: dict[str, Callable[[Config, int], Block]] = {"none": Block, "gptj": ParallelBlock, "lanes": partial(LaneBlock, routes=Routes(c))}
+        kinds = [late[c.parallel_residuals] if layer >= c.parallel_start_layer else Block for layer in range(c.num_layers)]
+        self.blocks = nn.ModuleList(kind(c, layer) for layer, kind in enumerate(kinds))
+        skip: dict[str, Callable[[Config, int], nn.Module]] = {"none": lambda *_: Keep(), "scaled": ScaledSkip, "gated": GatedSkip}
+        self.skip = skip[c.skip_connections](c, len(Schedule(c).scored_phase.order) // 2)
         self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, c, Role.HEAD, zero_init=True)
 
@@ -2090,17 +2082,11 @@ class Optimizer:
         """Applies the gradients left by backward, already scaled to sum to the average over the batch. `loss` is this rank's part of the loss."""
         gradients = [group.reduce() for group in self.groups]
         # A Muon group holds a share of the gradient, an Adam group all of it, so only the former is summed over ranks.
-        totals = torch.zeros(2, dtype=torch.float32, device=loss.device)
-        totals[0] = loss.detach()
-        replicated = torch.zeros((), dtype=torch.float32, device=loss.device)
+        squares = {kind: torch.zeros((), device=loss.device) for kind in (MuonGroup, AdamGroup)}
         for group, tensors in zip(self.groups, gradients, strict=True):
-            square = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
-            if isinstance(group, MuonGroup):
-                totals[1] += square
-            else:
-                replicated += square
-        self.world.sum_(totals)
-        stats = StepStats(totals[0], (totals[1] + replicated).sqrt())
+            squares[type(group)] += torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
+        totals = self.world.sum_(torch.stack([loss.detach().float(), squares[MuonGroup]]))
+        stats = StepStats(totals[0], (totals[1] + squares[AdamGroup]).sqrt())
         ok = (stats.loss.isfinite() & stats.grad_norm.isfinite()).to(loss.dtype)
         limit = self.config.grad_clip_norm
         clip = (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0) if limit else None
