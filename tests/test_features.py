@@ -642,7 +642,7 @@ def everything() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize(("base", "order", "backend"), [("lanes", (1, 3), "aot_eager"), ("gptj", (0, 2), "eager")])
 def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, order: tuple[int, int], backend: str) -> None:
-    """So that the next test, which needs no compiler, speaks of the compiled model too.
+    """The next test traces every switch into one graph, but runs that graph as it is; here it goes through the compiler's own passes.
 
     One layer of each kind, no QAT (test_model.py compiles that) and one with its backward pass, because compiling takes long.
     """
@@ -653,11 +653,13 @@ def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, 
 
 
 @pytest.mark.parametrize(("base", "switch", "value"), SWITCHES)
-def test_every_switch_changes_the_losses_and_a_gradient(base: str, switch: str, value: object, everything: dict[str, tuple[Tensor, dict[str, Tensor]]]) -> None:
+def test_each_switch_changes_compiled_losses_and_gradients(base: str, switch: str, value: object, everything: dict[str, tuple[Tensor, dict[str, Tensor]]]) -> None:
     config = replace(small_config(**EVERYTHING[base]), **{switch: value})
     assert train_gpt.validate(config) == []
     losses, gradients = everything[base]
-    changed, changed_gradients = loss_and_gradients(model := named_model(config), model)
+    torch._dynamo.reset()
+    model = named_model(config)
+    changed, changed_gradients = loss_and_gradients(model, torch.compile(model, fullgraph=True, dynamic=False, backend="eager"))
     assert (changed - losses).abs().max() > 1e-5
     shared = [name for name, gradient in gradients.items() if name in changed_gradients and gradient.shape == changed_gradients[name].shape]
     assert any((gradients[name] - changed_gradients[name]).abs().max() > 1e-5 for name in shared)
