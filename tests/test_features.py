@@ -653,7 +653,9 @@ def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, 
 
 
 @pytest.mark.parametrize(("base", "switch", "value"), SWITCHES)
-def test_each_switch_changes_compiled_losses_and_gradients(base: str, switch: str, value: object, everything: dict[str, tuple[Tensor, dict[str, Tensor]]]) -> None:
+def test_each_switch_changes_compiled_losses_and_gradients(
+    base: str, switch: str, value: object, everything: dict[str, tuple[Tensor, dict[str, Tensor]]]
+) -> None:
     config = replace(small_config(**EVERYTHING[base]), **{switch: value})
     assert train_gpt.validate(config) == []
     losses, gradients = everything[base]
