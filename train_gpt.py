@@ -32,15 +32,18 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
 
+import brotli
+import constriction
 import numpy as np
 import sentencepiece
 import torch
@@ -54,6 +57,10 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Owns every setting: name, type, default, range and meaning. A setting is `NAME=value` in the environment or as an argument; its name
 # is the field's in capitals. Precedence: default < preset < SCALE=tiny < environment < argument. All problems are reported together.
+
+
+# Bits per weight that an artifact can hold: integers on a grid, or float16.
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
 class ConfigError(ValueError):
@@ -90,6 +97,21 @@ def parse_layers(text: str) -> list[int]:
     if not all(layer.isdecimal() and len(layer) < 4 for layer in layers):
         raise ValueError("expected layers, as 9,10")
     return [int(layer) for layer in layers]
+
+
+def parse_layer_bits(text: str) -> dict[int, int]:
+    """Returns layer -> bits for "0-2:8,10:8"; {} for "". Raises ValueError on other text."""
+    bits: dict[int, int] = {}
+    for entry in text.split(",") if text else []:
+        layers, colon, width = entry.partition(":")
+        first, dash, last = layers.partition("-")
+        numbers = [first, last if dash else first, width]
+        plain = bool(colon) and all(number.isdecimal() and len(number) < 4 for number in numbers)
+        low, high, chosen = (int(number) for number in numbers) if plain else (0, 0, 0)
+        if chosen not in WIDTHS or low > high:
+            raise ValueError("expected LAYERS:BITS with 2 to 8 or 16 bits, as 0-2:8,10:8")
+        bits.update(dict.fromkeys(range(low, high + 1), chosen))
+    return bits
 
 
 def setting(
@@ -165,8 +187,6 @@ class Config:
     logit_softcap: float = setting(30.0, "logits become c * tanh(logits / c)", low=1e-3)
     logit_softcap_negative: float = setting(0.0, "the same for negative logits; 0 = LOGIT_SOFTCAP", low=0)
     doc_mask: bool = setting(True, "attention sees only the token's own document")
-    matrix_bits: int = setting(8, "bits per weight of block matrices and an untied head in the artifact", low=2, high=8)
-    embed_bits: int = setting(8, "bits per weight of the embedding in the artifact", low=2, high=8)
 
     # training
     seed: int = setting(1337, "of initial weights and data order", low=0, high=2**31 - 1)
@@ -186,6 +206,7 @@ class Config:
     warmdown_ends: str = setting("1", "fractions of the run at which a decay of WARMDOWN_FRAC ends; several = WSD-S", form=parse_fracs)
     lr_floor_frac: float = setting(0.0, "least learning rate of a decay, as a fraction of the full rate", low=0, high=1)
     qat_start_frac: float = setting(1.0, "fraction of the run after which training sees quantised weights; 1 = never", low=0, high=1)
+    qat_loop_noise: float = setting(0.0, "QAT: width of uniform noise, in steps, on the weights of layers that run several times; 0 = off", low=0)
     matrix_lr: float = setting(0.04, "Muon: learning rate of block matrices", low=0)
     scalar_lr: float = setting(0.04, "Adam: of gains, scales and mixes", low=0)
     tied_embed_lr: float = setting(0.05, "Adam: of a tied embedding", low=0)
@@ -215,8 +236,30 @@ class Config:
     swa_start_lr_scale: float = setting(0.2, "SWA: begins when the learning rate is at most this fraction of its full value", low=0, high=1)
 
     # artifact
-    quant_scheme: str = setting("rowmax", "how weights are put on the grid: rowmax = step from each row's absolute maximum", choices=("rowmax",))
-    coder: str = setting("zlib", "byte coder of the artifact", choices=("zlib", "zstd"))
+    quant_scheme: str = setting(
+        "rate",
+        "steps of the grid and choice of points: rowmax, gptq_lite = round to nearest; gptq, adaptive = GPTQ; rate = fill BYTES_CAP at the least loss",
+        choices=("rowmax", "gptq_lite", "gptq", "adaptive", "rate"),
+    )
+    matrix_bits: int = setting(8, "bits per weight of matrices and an untied head (all but rate, which finds its own): 2 to 8, or 16 = float16", low=2, high=16)
+    mlp_bits: int = setting(0, "the same of the matrices of MLPs; 0 = MATRIX_BITS", low=0, high=16)
+    embed_bits: int = setting(8, "the same of embeddings and tables", low=2, high=16)
+    layer_bits: str = setting("", "the same of the matrices of some layers, as 0-2:8,10:8", form=parse_layer_bits)
+    gptq_lite_scope: str = setting("row", "gptq_lite: what shares a clipping percentile", choices=("row", "matrix"))
+    gptq_damping: float = setting(0.01, "gptq, adaptive: added to the diagonal of X'X, as a fraction of its mean", low=1e-9)
+    attn_clip_sigmas: float = setting(13.0, "gptq, adaptive: attention is clipped at this many standard deviations of its row", low=0.1)
+    mlp_clip_sigmas: float = setting(11.5, "the same of MLPs", low=0.1)
+    matrix_clip_sigmas: float = setting(12.85, "the same of other matrices", low=0.1)
+    embed_clip_sigmas: float = setting(14.0, "the same of embeddings and tables", low=0.1)
+    lqer_rank: int = setting(0, "LQER: rank of a correction of what gptq_lite, gptq and adaptive leave over; 0 = off", low=0, high=64)
+    lqer_top_k: int = setting(3, "LQER: number of matrices, worst first, that get one", low=1)
+    lqer_factor_bits: int = setting(4, "LQER: bits of the right factor, in groups of LQER_ASYM_GROUP", low=2, high=8)
+    lqer_left_bits: int = setting(2, "LQER: bits of the left factor", low=2, high=8)
+    lqer_asym_group: int = setting(64, "LQER: columns of the right factor that share a step", low=1)
+    calibration_tokens: int = setting(131072, "training tokens that gptq, adaptive and rate take their statistics from, over all ranks", low=1)
+    coder: str = setting("range", "a byte coder, or range = an entropy coder that knows rows and columns", choices=("zlib", "zstd", "brotli", "range"))
+    code_order: str = setting("rows", "byte coders: codes by rows, by columns, or by columns with similar rows together", choices=("rows", "columns", "sorted"))
+    byte_shuffle: bool = setting(False, "byte coders: first all low bytes of two-byte numbers, then all high ones")
     bytes_cap: int = setting(16_000_000, "most bytes of packed code plus artifact", low=1)
 
     # evaluation
@@ -264,12 +307,19 @@ MODEL_SETTINGS = (
     "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale",
     "value_embed_layers", "value_embed_dim", "rope_base", "rope_dims", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
     "ln_scale", "skip_connections", "parallel_residuals", "parallel_start_layer", "num_loops", "loop_start", "loop_end",
-    "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len", "matrix_bits", "embed_bits",
+    "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len",
 )  # fmt: skip
 # Settings that may differ between a run and its continuation: they do not reach the trained weights.
 FREE_ON_RESUME = (
     "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env",
-    "quant_scheme", "coder", "bytes_cap", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "rope_scaling", "scores_file",
+    "lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_left_bits", "lqer_asym_group", "gptq_damping",
+    "coder", "code_order", "byte_shuffle", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "rope_scaling", "scores_file",
+)  # fmt: skip
+
+# These as well, as long as training never sees the grid.
+GRID_SETTINGS = (
+    "quant_scheme", "matrix_bits", "mlp_bits", "embed_bits", "layer_bits", "gptq_lite_scope", "attn_clip_sigmas", "mlp_clip_sigmas",
+    "matrix_clip_sigmas", "embed_clip_sigmas", "calibration_tokens", "bytes_cap", "qat_loop_noise",
 )  # fmt: skip
 
 SP8192 = {"data_path": "data/datasets/fineweb10B_sp8192", "tokenizer_path": "data/tokenizers/fineweb_8192_bpe.model", "vocab_size": 8192}
@@ -280,13 +330,14 @@ LATE = {
     "train_seq_len": 2048, "train_batch_tokens": 786432, "micro_batch_tokens": 98304, "tied_embed_lr": 0.03, "scalar_lr": 0.02,
     "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "muon_row_normalize": True, "muon_weight_decay": 0.095,
     "embed_weight_decay": 0.085, "scalar_weight_decay": 0.02, "grad_clip_norm": 0.3, "warmdown_iters": 0, "lr_floor_frac": 0.1, "ema_decay": 0.9965,
-    "matrix_bits": 6,
+    "quant_scheme": "gptq", "matrix_bits": 6, "matrix_clip_sigmas": 12.85, "mlp_clip_sigmas": 12.85, "attn_clip_sigmas": 12.85, "embed_clip_sigmas": 20.0,
+    "coder": "brotli", "code_order": "columns", "byte_shuffle": True,
 }
 # The challenge's record of PR #1855, 1.0611 bpb.
 RECORD_1855 = {
-    **LATE, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,smear,norm", "attention_gate_window": 12, "qk_gain_init": 5.0,
+    **LATE, "use_smeargate": True, "smeargate_kind": "add", "attention_gate_window": 12, "qk_gain_init": 5.0,
     "parallel_residuals": "lanes", "parallel_start_layer": 8, "matrix_lr": 0.026, "muon_momentum": 0.97, "beta2": 0.99, "warmdown_frac": 0.85,
-    "embed_bits": 7,
+    "embed_bits": 7, "attn_clip_sigmas": 13.0, "mlp_clip_sigmas": 11.5, "embed_clip_sigmas": 14.0, "code_order": "sorted", "lqer_rank": 4,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -296,6 +347,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "doc_mask": False, "data_shuffle": False, "matrix_init": "uniform", "muon_coefficients": "classic",
         "num_layers": 9, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 2.0, "vocab_size": 1024,
         "warmdown_iters": 1200, "matrix_lr": 0.04, "scalar_lr": 0.04, "tied_embed_lr": 0.05, "final_eval": "chunked",
+        "quant_scheme": "rowmax", "coder": "zlib",
     },
     # Three blocks run three times; every idea about training with few weights and about averaging them.
     "recurrent": {
@@ -304,21 +356,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "matrix_lr": 0.02, "scalar_lr": 0.02, "tied_embed_lr": 0.03, "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500,
         "muon_weight_decay": 0.04, "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7,
         "warmdown_iters": 0, "warmdown_frac": 0.25, "warmdown_ends": "0.6,1", "ema_decay": 0.997, "lawa_k": 5, "lawa_every": 100,
-        "qat_start_frac": 0.85, "matrix_bits": 5, "embed_bits": 8, "coder": "zstd",
+        "qat_start_frac": 0.85,
     },
     # The record of 2026-03-19, 1.1556 bpb.
     "smeargate": {
         "num_layers": 9, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "use_smeargate": True, "bigram_hash_buckets": 4096,
         "input_stages": "bigram,smear,norm", "muon_coefficients": "classic", "matrix_lr": 0.02, "scalar_lr": 0.02, "tied_embed_lr": 0.03,
         "muon_momentum": 0.99, "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "muon_weight_decay": 0.01,
-        "warmdown_iters": 3000, "qat_start_frac": 0.0, "matrix_bits": 6, "coder": "zstd",
+        "warmdown_iters": 3000, "qat_start_frac": 0.0, "quant_scheme": "rowmax", "matrix_bits": 6, "embed_bits": 16, "coder": "zstd",
     },
     # PR #1090: 80 minutes on one H100, 1.1573 bpb.
     "xsa_swiglu_lora_ttt": {
         "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "swiglu": True, "xsa_last_n": 4, "use_smeargate": True,
         "smeargate_init": 0.0, "input_stages": "bigram,norm,smear", "bigram_hash_buckets": 4096, "bigram_hash_scale": 0.05,
         "train_seq_len": 2048, "max_wallclock_seconds": 4850.0, "warmdown_iters": 3000, "muon_coefficients": "classic", "muon_weight_decay": 0.04,
-        "swa_every": 200, "swa_start_lr_scale": 0.999, "matrix_bits": 6, "coder": "zstd",
+        "swa_every": 200, "swa_start_lr_scale": 0.999, "quant_scheme": "rowmax", "matrix_bits": 6, "coder": "zstd",
     },
     # PR #1809, 1.0800 bpb.
     "sp8192_ttt": {
@@ -326,7 +378,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "muon_backend_steps": 4, "warmdown_frac": 0.72,
     },
     # PR #1962, 1.0631 bpb: trained as PR #1855.
-    "adaptive_clip": RECORD_1855,
+    "adaptive_clip": {**RECORD_1855, "quant_scheme": "adaptive"},
     # PR #379, 1.1257 bpb.
     "gptq_lite": {
         "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "rope_dims": 16, "rope_base": 22081.8, "xsa_last_n": 4,
@@ -335,8 +387,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_embed_layers": "9,10", "train_seq_len": 2048, "train_batch_tokens": 786432, "micro_batch_tokens": 98304,
         "muon_coefficients": "classic", "matrix_lr": 0.025, "scalar_lr": 0.025, "tied_embed_lr": 0.035, "muon_momentum": 0.99,
         "muon_momentum_warmup_start": 0.92, "muon_momentum_warmup_steps": 1500, "muon_weight_decay": 0.04, "embed_weight_decay": 0.04,
-        "scalar_weight_decay": 0.04, "grad_clip_norm": 0.3, "warmdown_iters": 3000, "swa_every": 50, "qat_start_frac": 0.955, "matrix_bits": 6,
-        "coder": "zstd",
+        "scalar_weight_decay": 0.04, "grad_clip_norm": 0.3, "warmdown_iters": 3000, "swa_every": 50, "qat_start_frac": 0.955,
+        "quant_scheme": "gptq_lite", "gptq_lite_scope": "matrix", "matrix_bits": 6, "coder": "zstd",
     },
     # PR #2014, 1.0576 bpb: PR #1855 with rows that grow.
     "frontier": {**RECORD_1855, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1"},
@@ -352,7 +404,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "iterations": 680, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
         "muon_momentum_warmup_steps": 100, "muon_row_normalize": True, "normuon_beta2": 0.95, "muon_weight_decay": 0.1, "embed_weight_decay": 0.1,
         "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
-        "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50, "qat_start_frac": 0.8,
+        "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50,
+        "calibration_tokens": 32768, "bytes_cap": 500_000,
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
@@ -361,7 +414,7 @@ TINY: dict[str, Any] = {
     "num_layers": 3, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "compile": False,
     "train_seq_len": 64, "train_batch_tokens": 1024, "micro_batch_tokens": 1024, "val_batch_size": 4096, "eval_stride": 32,
     "iterations": 30, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 10,
-    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6, "lawa_every": 2, "gate_window": 8,
+    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6, "lawa_every": 2, "gate_window": 8, "calibration_tokens": 4096,
 }
 TINY_SHAPE: dict[str, Any] = {"num_layers": 4, "loop_start": 1, "loop_end": 1, "rope_dims": 8, "ema_decay": 0.8}
 TINY_OF_PRESET: dict[str, dict[str, Any]] = {
@@ -384,7 +437,9 @@ SETTINGS = {setting_field.name.upper(): setting_field for setting_field in field
 # Names that the public records use for what is set otherwise here.
 RENAMED = {
     "ADAM_WD": "SCALAR_WEIGHT_DECAY", "BIGRAM_DIM": "BIGRAM_HASH_DIM", "BIGRAM_VOCAB_SIZE": "BIGRAM_HASH_BUCKETS", "COMPRESSOR": "CODER",
-    "EMA_ENABLED": "EMA_DECAY (0 = off)",
+    "EMA_ENABLED": "EMA_DECAY (0 = off)", "GPTQ_CALIBRATION_BATCHES": "CALIBRATION_TOKENS",
+    "GPTQ_RESERVE_SECONDS": "nothing: the time of the calibration is measured and reserved", "LQER_ENABLED": "LQER_RANK (0 = off)",
+    "LQER_ASYM_ENABLED": "LQER_LEFT_BITS",
     "EMBED_WD": "EMBED_WEIGHT_DECAY", "EMBEDDING_DIM": "EMBED_RANK", "LATE_QAT_THRESHOLD": "QAT_START_FRAC (a fraction of the run)",
     "LAWA_ENABLED": "LAWA_K (0 = off)", "LAWA_FREQ": "LAWA_EVERY", "MIN_LR": "LR_FLOOR_FRAC", "MUON_WD": "MUON_WEIGHT_DECAY",
     "PARALLEL_FINAL_LANE": "nothing: the mean of both lanes leaves",
@@ -397,7 +452,7 @@ RENAMED = {
 # A variable that starts like one of these belongs to us; if it is no setting, it is a mistake.
 FAMILIES = (
     "MUON_", "NORMUON_", "SMEARGATE_", "EMA_", "LAWA_", "SWA_", "LOOP_", "PARALLEL_", "TRAIN_", "VAL_", "EVAL_", "QUANT_", "QAT_", "ROPE_",
-    "WARMDOWN_", "TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "GPTQ_", "LQER_", "CASEOPS_", "BIGRAM_", "CHECKPOINT_",
+    "WARMDOWN_", "TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "GPTQ_", "LQER_", "CASEOPS_", "BIGRAM_", "CHECKPOINT_", "CALIBRATION_",
 )  # fmt: skip
 
 
@@ -563,6 +618,10 @@ def validate(config: Config) -> list[str]:
         c.final_eval != "sliding" or c.eval_stride <= c.window,
         f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
     )
+    require(c.quant_scheme != "rate" or c.coder == "range", f"QUANT_SCHEME=rate needs CODER=range, not {c.coder}: its codes do not fit bytes")
+    widths = (c.matrix_bits, c.mlp_bits or c.matrix_bits, c.embed_bits)
+    require(all(width in WIDTHS for width in widths), f"MATRIX_BITS, MLP_BITS and EMBED_BITS are {widths}: expected 2 to 8, or 16 = float16")
+    require(max(parse_layer_bits(c.layer_bits), default=0) < c.num_layers, f"LAYER_BITS={c.layer_bits} must name layers below NUM_LAYERS={c.num_layers}")
     require(not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy")
     return problems
 
@@ -609,6 +668,7 @@ class World:
         """Joins the process group that `torchrun` announces, if any. `device` is a DEVICE setting."""
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
@@ -800,7 +860,8 @@ def export_line(e: Mapping[str, Any]) -> str:
     over = e["bytes_total"] > e["bytes_cap"]
     verdict = f"over BYTES_CAP={e['bytes_cap']:,} by {e['bytes_total'] - e['bytes_cap']:,}" if over else f"within {e['bytes_cap']:,}"
     total = f"artifact {e['bytes_model']:,} + code {e['bytes_code']:,} = {e['bytes_total']:,} bytes, {verdict}"
-    return "\n".join([*rows, f"\033[31m{total}\033[0m" if over else total])
+    cost = f"quantised by {e['scheme']}: KL {e['kl']:.6f}, loss {e['loss_change']:+.5f} nats per token on held-out training text" if "kl" in e else ""
+    return "\n".join([*rows, *[cost] * bool(cost), f"\033[31m{total}\033[0m" if over else total])
 
 
 # What people read is formatted from what machines read, so the two cannot disagree.
@@ -1166,9 +1227,11 @@ class Role(Enum):
     """What a parameter is for."""
 
     EMBED = "embed"
-    TABLE = "table"
+    TABLE = "table"  # embeddings that are never the head
     HEAD = "head"
-    MATRIX = "matrix"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    MATRIX = "matrix"  # other projections
     GAIN = "gain"
 
 
@@ -1178,19 +1241,29 @@ class RoleRule(NamedTuple):
     optimizer: str  # "muon" or "adam"
     lr: float
     weight_decay: float
-    bits: int  # 2 to 8: integers on a per-row grid; 16: float16
+    bits: int  # one of WIDTHS; LAYER_BITS may say otherwise for a layer
+    clip_sigmas: float = 0.0
 
 
 def role_rules(config: Config) -> dict[Role, RoleRule]:
-    """Returns the one table from role to optimiser, learning rate, weight decay and bits."""
+    """Returns the one table from role to optimiser, learning rate, weight decay, bits and clipping."""
     c = config
+    muon = ("muon", c.matrix_lr, c.muon_weight_decay)
     return {
-        Role.EMBED: RoleRule("adam", c.tied_embed_lr if c.tie_embeddings else c.embed_lr, c.embed_weight_decay, c.embed_bits),
-        Role.TABLE: RoleRule("adam", c.tied_embed_lr, c.embed_weight_decay, c.embed_bits),  # embeddings that are never the head
-        Role.HEAD: RoleRule("adam", c.head_lr, c.embed_weight_decay, c.matrix_bits),
-        Role.MATRIX: RoleRule("muon", c.matrix_lr, c.muon_weight_decay, c.matrix_bits),
+        Role.EMBED: RoleRule("adam", c.tied_embed_lr if c.tie_embeddings else c.embed_lr, c.embed_weight_decay, c.embed_bits, c.embed_clip_sigmas),
+        Role.TABLE: RoleRule("adam", c.tied_embed_lr, c.embed_weight_decay, c.embed_bits, c.embed_clip_sigmas),
+        Role.HEAD: RoleRule("adam", c.head_lr, c.embed_weight_decay, c.matrix_bits, c.matrix_clip_sigmas),
+        Role.ATTENTION: RoleRule(*muon, c.matrix_bits, c.attn_clip_sigmas),
+        Role.MLP: RoleRule(*muon, c.mlp_bits or c.matrix_bits, c.mlp_clip_sigmas),
+        Role.MATRIX: RoleRule(*muon, c.matrix_bits, c.matrix_clip_sigmas),
         Role.GAIN: RoleRule("adam", c.scalar_lr, c.scalar_weight_decay, 16),
     }
+
+
+# Schemes whose steps come from statistics: training simulates those of the moment when QAT starts.
+FROZEN_SCHEMES = ("adaptive", "rate")
+CALIBRATED_SCHEMES = ("gptq", *FROZEN_SCHEMES)
+RATE_LIMIT = 32766  # largest coordinate, in half steps
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
@@ -1206,14 +1279,27 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
 
 class Grid(NamedTuple):
-    """The points step * {-limit .. limit}, with one step a row."""
+    """The points row_step * column_step * {-limit .. limit}. Rounding takes every `spacing`-th of them; a trellis also those in between."""
 
-    step: Tensor  # (rows, 1), values that bfloat16 holds
+    row_step: Tensor  # (rows, 1)
+    column_step: Tensor  # (1, columns) or (1, 1)
     limit: int
+    spacing: int = 1
+
+    @property
+    def step(self) -> Tensor:
+        """Distance between neighbouring points: (rows, columns) or (rows, 1)."""
+        return self.row_step * self.column_step
 
     def round(self, weight: Tensor) -> Tensor:
         """Returns the integer coordinates of the nearest points, as floats: (rows, columns)."""
-        return (weight / self.step.clamp_min(1e-30)).round().clamp(-self.limit, self.limit)
+        codes = (weight / (self.step * self.spacing).clamp_min(1e-30)).round() * self.spacing
+        return codes.clamp(-self.limit, self.limit)
+
+    def round_towards_zero(self, weight: Tensor, bias: float) -> Tensor:
+        """Returns the coordinates of the nearest points, `bias` steps in favour of the smaller ones."""
+        shrunk = (weight.abs() - bias * self.spacing * self.step).clamp_min(0)
+        return self.round(torch.where(weight < 0, -shrunk, shrunk)) if bias else self.round(weight)
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns the points with these coordinates."""
@@ -1234,14 +1320,48 @@ def round_to_bfloat16(x: Tensor) -> Tensor:
     return nearest.view(torch.float32).to(x.dtype)
 
 
-def rowmax_grid(weight: Tensor, bits: int) -> Grid:
-    """Returns the grid of `bits` whose outermost point is each row's absolute maximum, to within half a step. `weight` is (rows, columns)."""
+def row_grid(clip: Tensor, bits: int) -> Grid:
+    """Returns the grid of `bits` whose outermost point in each row is `clip` (rows, 1), to within half a step."""
     limit = 2 ** (bits - 1) - 1
-    return Grid(round_to_bfloat16(weight.detach().abs().amax(dim=1, keepdim=True) / limit), limit)
+    return Grid(round_to_bfloat16(clip / limit), clip.new_ones(1, 1), limit)
 
 
-def predicted_bits_per_weight(bits: int, columns: int) -> float:
-    """Returns the entropy of a Gaussian row of `columns` weights on its rowmax grid, step included: what an ideal coder would need.
+def rowmax_grid(weight: Tensor, bits: int) -> Grid:
+    """Returns the grid whose outermost point is each row's absolute maximum. `weight` is (rows, columns)."""
+    return row_grid(weight.detach().abs().amax(dim=1, keepdim=True), bits)
+
+
+LITE_PERCENTILES = (0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def lite_grid(weight: Tensor, bits: int, scope: str) -> Grid:
+    """Returns the grid clipped at the percentile of absolute values, for each row or for the whole matrix, with the least squared error. Source: PR #379."""
+    weight = weight.detach()
+    ordered = weight.abs().sort(dim=1).values
+    ranks = [min(math.ceil(share * weight.shape[1]), weight.shape[1]) - 1 for share in LITE_PERCENTILES]
+    clips = [ordered[:, rank, None] for rank in dict.fromkeys(ranks)]
+    grids = [row_grid(clip, bits) for clip in clips]
+    errors = torch.stack([(grid.dequantise(grid.round(weight)) - weight).square().sum(dim=1, keepdim=True) for grid in grids])
+    if scope == "matrix":
+        errors = errors.sum(dim=1, keepdim=True)
+    best = errors.argmin(dim=0, keepdim=True).expand(1, *clips[0].shape)
+    return row_grid(torch.stack(clips).gather(0, best)[0], bits)
+
+
+def sdclip_grid(weight: Tensor, bits: int, sigmas: float | Tensor) -> Grid:
+    """Returns the grid clipped at `sigmas` standard deviations of each row (SDClip). Source: PR #1394."""
+    return row_grid(sigmas * weight.detach().std(dim=1, keepdim=True, correction=0), bits)
+
+
+def gaussian_bits(scales: Tensor) -> Tensor:
+    """Returns the entropy in bits of Gaussians of these standard deviations, rounded to whole numbers."""
+    edges = torch.arange(-64.5, 65, device=scales.device, dtype=torch.float64) / scales.double().clamp(1e-3, 12)[:, None]
+    shares = torch.special.ndtr(edges).diff(dim=1)
+    return torch.where(scales > 12, 0.5 * (2 * math.pi * math.e * scales.double().square()).log2(), -torch.xlogy(shares, shares).sum(dim=1) / math.log(2))
+
+
+def predicted_bits_per_weight(scheme: str, bits: int, columns: int, clip_sigmas: float) -> float:
+    """Returns the entropy of a row of `columns` Gaussian weights on its grid, step included: what an ideal coder would need. Not for `rate`.
 
     The largest of n absolute values is taken where the expected number beyond it is one (the location of its Gumbel distribution).
     """
@@ -1249,8 +1369,9 @@ def predicted_bits_per_weight(bits: int, columns: int) -> float:
         return 16.0
     root = math.sqrt(2 * math.log(2 * columns))
     largest = root - (math.log(math.log(2 * columns)) + math.log(4 * math.pi)) / (2 * root)
+    clip = clip_sigmas if scheme in ("gptq", "adaptive") else largest
     limit = 2 ** (bits - 1) - 1
-    edges = [(code - 0.5) * largest / limit for code in range(-limit + 1, limit + 1)]
+    edges = [(code - 0.5) * clip / limit for code in range(-limit + 1, limit + 1)]
     below = [0.0, *(0.5 + 0.5 * math.erf(edge / math.sqrt(2)) for edge in edges), 1.0]
     shares = [high - low for low, high in itertools.pairwise(below)]
     return -sum(share * math.log2(share) for share in shares if share > 0) + 16 / columns
@@ -1389,46 +1510,80 @@ MATRIX_STARTS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def stored_weight(weight: Tensor, bits: int, phase: Phase) -> Tensor:
-    """Returns the weight as the artifact would hold it in a QAT phase (gradient straight through), and as it is otherwise."""
-    return rowmax_grid(weight, bits).fake(weight) if phase.qat else weight
-
-
-class Linear(Part):
-    """y = x W^T, W (outputs, inputs), cast to x's dtype; on the grid in a QAT phase; plus the adapter's output where one is given."""
+class Weight(Part):
+    """A matrix that the artifact holds on a grid, or as float16 at 16 bits."""
 
     weight: Tensor
+    row_step: Tensor
+    column_step: Tensor
 
-    def __init__(self, inputs: int, outputs: int, config: Config, role: Role = Role.MATRIX, *, zero_init: bool = False) -> None:
+    def __init__(self, shape: tuple[int, int], config: Config, role: Role, start: Callable[[Tensor], Any], layer: int | None = None) -> None:
         super().__init__()
-        self.declare("weight", role, (outputs, inputs), nn.init.zeros_ if zero_init else MATRIX_STARTS[config.matrix_init])
-        self.bits = role_rules(config)[role].bits
+        self.declare("weight", role, shape, start)
+        self.config, self.role, self.layer = config, role, layer
+        rule = role_rules(config)[role]
+        override = parse_layer_bits(config.layer_bits).get(layer) if layer is not None else None
+        self.bits = 0 if config.quant_scheme == "rate" else override or rule.bits
+        self.clip_sigmas = rule.clip_sigmas
+        if config.qat_start_frac < 1 and config.quant_scheme in FROZEN_SCHEMES:
+            self.register_buffer("row_step", torch.ones(shape[0], 1))
+            self.register_buffer("column_step", torch.ones(1, shape[1]))
+
+    def grid(self) -> Grid:
+        """Returns the grid of the weight as it is now, or the one that was frozen when QAT started where steps come from statistics."""
+        scheme = self.config.quant_scheme
+        if scheme in FROZEN_SCHEMES:
+            return Grid(self.row_step, self.column_step, *((RATE_LIMIT, 2) if scheme == "rate" else (2 ** (self.bits - 1) - 1, 1)))
+        if scheme == "gptq":
+            return sdclip_grid(self.weight, self.bits, self.clip_sigmas)
+        return rowmax_grid(self.weight, self.bits) if scheme == "rowmax" else lite_grid(self.weight, self.bits, self.config.gptq_lite_scope)
+
+    def freeze(self, grid: Grid) -> None:
+        """Makes `grid` the one that training sees from now on."""
+        self.row_step.copy_(grid.row_step)
+        self.column_step.copy_(grid.column_step.expand_as(self.column_step))
+
+    def is_frozen(self) -> bool:
+        """Returns whether training has a grid from statistics."""
+        return "row_step" in self._buffers and bool((self.row_step != 1).any())
+
+    def stored(self, phase: Phase) -> Tensor:
+        """Returns the weight; in a QAT phase as the artifact would hold it (gradient straight through), noisier in a layer that runs several times."""
+        if not phase.qat or self.bits == 16:
+            return self.weight
+        grid = self.grid()
+        points = grid.fake(self.weight)
+        if self.config.qat_loop_noise and self.layer is not None and phase.order.count(self.layer) > 1:
+            points = points + self.config.qat_loop_noise * grid.spacing * grid.step * (torch.rand_like(points) - 0.5)
+        return points
+
+
+class Linear(Weight):
+    """y = x W^T, W (outputs, inputs), cast to x's dtype; plus the adapter's output where one is given."""
+
+    def __init__(
+        self, inputs: int, outputs: int, config: Config, role: Role = Role.MATRIX, layer: int | None = None, *, zero_init: bool = False
+    ) -> None:
+        super().__init__((outputs, inputs), config, role, nn.init.zeros_ if zero_init else MATRIX_STARTS[config.matrix_init], layer)
 
     def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
-        y = F.linear(x, self.stored(x, phase))
+        y = F.linear(x, self.stored(phase).to(x.dtype))
         return y if adapters is None else y + adapters[name](x)
 
-    def stored(self, x: Tensor, phase: Phase) -> Tensor:
-        """Returns the weight that multiplies x."""
-        return stored_weight(self.weight, self.bits, phase).to(x.dtype)
+
+def weight_parts(model: nn.Module) -> dict[str, Weight]:
+    """Returns the modules that hold a `Weight`, by the name of that parameter."""
+    return {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, Weight)}
 
 
-class Table(Part):
+class Table(Weight):
     """Rows of numbers to be looked up by token or bucket."""
 
-    weight: Tensor
-
     def __init__(self, rows: int, columns: int, config: Config, role: Role, start: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.declare("weight", role, (rows, columns), start)
-        self.bits = role_rules(config)[role].bits
+        super().__init__((rows, columns), config, role, start)
 
     def forward(self, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
         return F.embedding(index, self.stored(phase)).to(dtype)
-
-    def stored(self, phase: Phase) -> Tensor:
-        """Returns the rows as the artifact holds them in a QAT phase."""
-        return stored_weight(self.weight, self.bits, phase)
 
 
 class Scale(Part):
@@ -1454,7 +1609,7 @@ class NormStage(nn.Module):
         return rms_norm(x)
 
 
-class BigramHash(Part):
+class BigramHash(nn.Module):
     """Adds a projected embedding of the hashed pair (previous token, token); nothing where a document starts. Source: PR #162."""
 
     def __init__(self, config: Config) -> None:
@@ -1511,8 +1666,8 @@ def input_stages(config: Config) -> nn.ModuleList:
     return nn.ModuleList(built[name] for name in c.input_stages.split(",") if name in built)
 
 
-class Embedding(Part):
-    """Token embedding, also the output head when tied; with EMBED_RANK the product of a thin table (V, r) and a matrix (r -> D)."""
+class Embedding(nn.Module):
+    """Token embedding; with EMBED_RANK the product of a thin table (V, r) and a matrix (r -> D)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -1525,13 +1680,24 @@ class Embedding(Part):
         x = self.table(tokens, phase, dtype)
         return x if self.widen is None else self.widen(x, phase)
 
-    def logits(self, x: Tensor, phase: Phase) -> Tensor:
-        """Returns x (B, T, D) times the embedding of every token: (B, T, V)."""
-        x = x if self.widen is None else x @ self.widen.stored(x, phase)
-        return F.linear(x, self.table.stored(phase).to(x.dtype))
+
+class TiedHead(nn.Module):
+    """The embedding as the output head: x (B, T, D) times the embedding of every token, (B, T, V)."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, x: Tensor, phase: Phase) -> Tensor:
+        return F.linear(self.thin(x, phase), self.embedding.table.stored(phase).to(x.dtype))
+
+    def thin(self, x: Tensor, phase: Phase) -> Tensor:
+        """Returns what the table is multiplied with: x, or (B, T, EMBED_RANK)."""
+        widen = self.embedding.widen
+        return x if widen is None else x @ widen.stored(phase).to(x.dtype)
 
 
-class ValueEmbedding(Part):
+class ValueEmbedding(nn.Module):
     """A second, thin token embedding, projected to the width of the values: (B, T) -> (B, T, K C). Source: PR #379."""
 
     def __init__(self, config: Config) -> None:
@@ -1593,10 +1759,10 @@ class Attention(Part):
         super().__init__()
         c = config
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
-        self.q = Linear(c.model_dim, c.num_heads * c.head_dim, c)
-        self.k = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c)
-        self.v = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c)
-        self.out = Linear(c.num_heads * c.head_dim, c.model_dim, c, zero_init=True)
+        self.q = Linear(c.model_dim, c.num_heads * c.head_dim, c, Role.ATTENTION, layer)
+        self.k = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c, Role.ATTENTION, layer)
+        self.v = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c, Role.ATTENTION, layer)
+        self.out = Linear(c.num_heads * c.head_dim, c.model_dim, c, Role.ATTENTION, layer, zero_init=True)
         self.declare("q_gain", Role.GAIN, (c.num_heads,), constant(c.qk_gain_init))
         self.attend = ATTENTION_BACKENDS[c.attention_backend]
         self.add_value = AddValue() if layer in c.value_embed_layer_list else Keep()
@@ -1616,27 +1782,27 @@ class Attention(Part):
         return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out")
 
 
-class MLP(Part):
+class MLP(nn.Module):
     """f(x W_up)^2 W_down, f = relu (arXiv:2109.08668) or leaky relu."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.up = Linear(config.model_dim, config.mlp_dim, config)
-        self.down = Linear(config.mlp_dim, config.model_dim, config, zero_init=True)
+        self.up = Linear(config.model_dim, config.mlp_dim, config, Role.MLP, layer)
+        self.down = Linear(config.mlp_dim, config.model_dim, config, Role.MLP, layer, zero_init=True)
         self.slope = config.leaky_relu_slope
 
     def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         return self.down(F.leaky_relu(self.up(x, phase, adapters, "up"), self.slope).square(), phase, adapters, "down")
 
 
-class SwiGLU(Part):
+class SwiGLU(nn.Module):
     """(silu(x W_gate) * x W_up) W_down. Source: arXiv:2002.05202."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.gate = Linear(config.model_dim, config.mlp_dim, config)
-        self.up = Linear(config.model_dim, config.mlp_dim, config)
-        self.down = Linear(config.mlp_dim, config.model_dim, config, zero_init=True)
+        self.gate = Linear(config.model_dim, config.mlp_dim, config, Role.MLP, layer)
+        self.up = Linear(config.model_dim, config.mlp_dim, config, Role.MLP, layer)
+        self.down = Linear(config.mlp_dim, config.model_dim, config, Role.MLP, layer, zero_init=True)
 
     def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         gated = F.silu(self.gate(x, phase, adapters, "gate")) * self.up(x, phase, adapters, "up")
@@ -1660,7 +1826,7 @@ class Block(Part):
         super().__init__()
         c = config
         self.attention = Attention(c, layer)
-        self.mlp = SwiGLU(c) if c.swiglu else MLP(c)
+        self.mlp = (SwiGLU if c.swiglu else MLP)(c, layer)
         self.norm = partial(rms_norm, scale=1 / math.sqrt(layer + 1)) if c.ln_scale else rms_norm
         self.declare("mix", Role.GAIN, (2, c.model_dim), stream_alone)
         self.declare("attention_scale", Role.GAIN, (c.model_dim,), nn.init.ones_)
@@ -1787,8 +1953,10 @@ def softcap(logits: Tensor, positive: float, negative: float) -> Tensor:
     return bound * torch.tanh(logits / bound)
 
 
-class GPT(Part):
+class GPT(nn.Module):
     """The network: embedding, blocks in the order of the phase with U-Net skips, softcapped head."""
+
+    rate_step: Tensor
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32) -> None:
         """Builds it with weights unset: call `init_weights`, or load them. `dtype` is that of activations."""
@@ -1805,7 +1973,14 @@ class GPT(Part):
         skip: dict[str, Callable[[Config, int], nn.Module]] = {"none": lambda *_: Keep(), "scaled": ScaledSkip, "gated": GatedSkip}
         self.skip = skip[c.skip_connections](c, len(Schedule(c).scored_phase.order) // 2)
         self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
-        self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, c, Role.HEAD, zero_init=True)
+        if c.qat_start_frac < 1 and c.quant_scheme == "rate":
+            self.register_buffer("rate_step", torch.zeros(()))
+        self.head = TiedHead(self.embedding) if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, c, Role.HEAD, zero_init=True)
+
+    @property
+    def frozen_step(self) -> float:
+        """The global step of `rate` that training has seen; 0 = none."""
+        return float(self.rate_step) if "rate_step" in self._buffers else 0.0
 
     def init_weights(self) -> None:
         """Sets every parameter to its start, from the global random state."""
@@ -1846,7 +2021,7 @@ class GPT(Part):
         """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
         c = self.config
         x = rms_norm(self.hidden(tokens, phase, adapters))
-        raw = self.embedding.logits(x, phase) if self.head is None else self.head(x, phase)
+        raw = self.head(x, phase)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return softcap(raw, c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
 
@@ -2223,12 +2398,452 @@ class Averages:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
+# Quantisation
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns how trained weights become points of their grids: the curvature of the loss around each weight, measured on training text; rounding,
+# GPTQ and LQER; and `rate`, which spends bits where the loss feels them. Of bytes it knows only estimates.
+
+
+class Curvature(NamedTuple):
+    """Second moments around a weight (rows, columns): moving it by E raises the loss by about tr(G E H E^T) / 2. Source: K-FAC, arXiv:1503.05671."""
+
+    inputs: Tensor  # H = E[x x^T] of what the weight is multiplied with: (columns, columns)
+    outputs: Tensor | None  # G = E[g g^T] of the gradient of its output: (rows, rows), or its diagonal (rows,); None = not measured
+
+
+def gram(x: Tensor) -> Tensor:
+    """Returns the sum of x x^T over all but the last dimension, in float32."""
+    flat = x.detach().flatten(0, -2).float()
+    return flat.T @ flat
+
+
+def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gradients: bool) -> dict[str, Curvature]:
+    """Returns the curvature around every weight, by parameter name, from the next CALIBRATION_TOKENS of training text over all ranks.
+
+    The forward is that of training, masks included. A layer that runs several times adds up its uses. Gradients are those of the loss on labels
+    that the model itself draws, so that G is the Fisher information. Without `gradients` there is no G, and nothing on tables that are only
+    looked up.
+    """
+    config, head = model.config, model.head
+    num_rows = -(-config.calibration_tokens // (phase.seq_len * world.size)) * world.size
+    tokens = loader.next_rows(num_rows, phase.seq_len, world)[:, :-1]
+    draws = torch.rand(num_rows, phase.seq_len, generator=torch.Generator().manual_seed(config.seed))
+    draws = draws[world.rank * len(tokens) : (world.rank + 1) * len(tokens)].to(world.device)
+    sums: dict[tuple[str, str, str], Tensor] = {}  # by parameter, use and side
+
+    def add(name: str, use: str, side: str, value: Tensor) -> None:
+        sums[name, use, side] = sums[name, use, side] + value if (name, use, side) in sums else value
+
+    def on_multiply(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        add(name, "multiply", "inputs", gram(arguments[0]))
+        if gradients:
+            output.register_hook(lambda gradient: add(name, "multiply", "outputs", gram(gradient)))
+
+    def on_lookup(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if gradients:
+            add(name, "lookup", "outputs", torch.bincount(arguments[0].flatten(), minlength=len(module.get_parameter("weight"))).float())
+            output.requires_grad_().register_hook(lambda gradient: add(name, "lookup", "inputs", gram(gradient)))
+
+    def on_score(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        x = arguments[0]
+        add(scored, "score", "inputs", gram(module.thin(x, phase) if isinstance(module, TiedHead) else x))
+        if gradients and isinstance(module, TiedHead) and module.embedding.widen is not None:
+            table = module.embedding.table.weight.detach()
+            add("embedding.widen.weight", "score", "outputs", gram(x))
+            output.register_hook(lambda gradient: add("embedding.widen.weight", "score", "inputs", gram(gradient.float() @ table)))
+
+    scored = "embedding.table.weight" if isinstance(head, TiedHead) else "head.weight"
+    handles = [head.register_forward_hook(on_score)]
+    for path, module in model.named_modules():
+        if isinstance(module, Weight) and module is not head:
+            handles.append(module.register_forward_hook(partial(on_lookup if isinstance(module, Table) else on_multiply, f"{path}.weight")))
+    model.requires_grad_(False)
+    try:
+        step = max(config.micro_batch_tokens // (4 * phase.seq_len), 1)
+        for part, draw in zip(tokens.split(step), draws.split(step), strict=True):
+            with torch.set_grad_enabled(gradients):
+                logits = model.logits(part, phase)
+            if gradients:
+                shares = F.softmax(logits.detach(), dim=-1)
+                add(scored, "score", "outputs", (shares * (1 - shares)).flatten(0, -2).sum(dim=0))
+                labels = (shares.cumsum(dim=-1) < draw[..., None]).sum(dim=-1).clamp_max(config.vocab_size - 1)
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    finally:
+        model.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+    uses: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, use, side in sorted(sums):
+        uses.setdefault(name, {}).setdefault(use, {})[side] = world.sum_(sums[name, use, side].contiguous()) / (num_rows * phase.seq_len)
+    return {name: curvature for name, used in uses.items() if (curvature := merge_uses(list(used.values()))) is not None}
+
+
+def merge_uses(uses: Sequence[Mapping[str, Tensor]]) -> Curvature | None:
+    """Returns one curvature for a weight that is used in several ways: H = sum of H_u tr(G_u), and G so that tr(H) tr(G) = sum of tr(H_u) tr(G_u)."""
+    pairs = [(use["inputs"], use.get("outputs")) for use in uses if "inputs" in use]
+    measured = [(h, g, float(h.trace()), float(g.sum() if g.dim() == 1 else g.trace())) for h, g in pairs if g is not None]
+    if len(measured) < 2:
+        return Curvature(*pairs[0]) if pairs else None
+    inputs = torch.stack([h * trace_g for h, _, _, trace_g in measured]).sum(dim=0)
+    outputs = torch.stack([g * trace_h for _, g, trace_h, _ in measured]).sum(dim=0)
+    return Curvature(inputs, outputs / inputs.trace().clamp_min(1e-30))
+
+
+def damped(matrix: Tensor, share: float) -> Tensor:
+    """Returns the matrix in float64 with `share` of its mean diagonal added to the whole diagonal.
+
+    A share of each entry's own diagonal does harm: feedback then moves errors to where the curvature is next to nothing, and they become so large
+    there that the loss is no longer quadratic in them.
+    """
+    matrix = matrix.double()
+    return matrix + (share * matrix.diagonal().mean() + 1e-20) * torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+
+
+def reverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (M, d) with matrix = M diag(d) M^T and M unit upper triangular, float64."""
+    upper = torch.linalg.cholesky(matrix.double().flip(0, 1)).flip(0, 1)
+    root = upper.diagonal()
+    return upper / root, root.square()
+
+
+def assign_with_feedback(weight: Tensor, grid: Grid, feedback: Tensor) -> Tensor:
+    """Returns codes (rows, columns): column by column, each rounded after the errors of those before it have been added to it.
+
+    With H = M diag(d) M^T and `feedback` M, the target of column j is v_j = w_j + sum over k < j of (w_k - q_k) M_kj, and then
+    tr(E H E^T) = sum of d_j |v_j - q_j|^2 exactly: GPTQ (arXiv:2210.17323) as Babai's nearest plane (arXiv:2507.18553).
+    """
+    feedback, column_step = feedback.to(weight.dtype), grid.column_step.expand(1, weight.shape[1])
+    codes, error = torch.empty_like(weight), torch.zeros_like(weight)
+    for start in range(0, weight.shape[1], 128):
+        end = min(start + 128, weight.shape[1])
+        moved = weight[:, start:end] + error[:, :start] @ feedback[:start, start:end]
+        for j in range(start, end):
+            column = Grid(grid.row_step, column_step[:, j : j + 1], grid.limit, grid.spacing)
+            target = moved[:, j - start : j - start + 1] + error[:, start:j] @ feedback[start:j, j : j + 1]
+            codes[:, j : j + 1] = column.round(target)
+            error[:, j : j + 1] = weight[:, j : j + 1] - column.dequantise(codes[:, j : j + 1])
+    return codes
+
+
+def assign_gptq(weight: Tensor, grid: Grid, inputs: Tensor | None, damping: float) -> Tensor:
+    """Returns codes (rows, columns) by GPTQ: columns in falling order of activation, H damped. Without statistics: nearest points."""
+    if inputs is None:
+        return grid.round(weight)
+    order = inputs.diagonal().argsort(descending=True, stable=True)
+    feedback, _ = reverse_cholesky(damped(inputs[order][:, order], damping))
+    return assign_with_feedback(weight[:, order], grid, feedback)[:, order.argsort()]
+
+
+def adaptive_sigmas(weights: Mapping[str, Weight], curvatures: Mapping[str, Curvature]) -> dict[str, float]:
+    """Returns the clip factor of every weight: exp(offset - 0.15 log sensitivity) in [6, 24], sensitivity = mean(diag H) times the mean variance of a row.
+
+    The offset makes the mean of its logarithm, over all weights that have statistics, that of the constants per role; those without, and the
+    embedding, keep their constant. Source: PR #1962.
+    """
+    sigmas = {name: part.clip_sigmas for name, part in weights.items()}
+    sized = {name: part.weight.numel() for name, part in weights.items() if name in curvatures and part.role not in (Role.EMBED, Role.TABLE)}
+    if not sized:
+        return sigmas
+    spread = {name: float(weights[name].weight.detach().var(dim=1).mean()) * float(curvatures[name].inputs.diagonal().mean()) for name in sized}
+    wanted = sum(size * math.log(sigmas[name]) for name, size in sized.items())
+
+    def at(offset: float) -> dict[str, float]:
+        return {name: min(max(math.exp(offset - 0.15 * math.log(spread[name] + 1e-30)), 6.0), 24.0) for name in sized}
+
+    low, high = -40.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = sum(sized[name] * math.log(sigma) for name, sigma in at(middle).items()) < wanted
+        low, high = (middle, high) if below else (low, middle)
+    return {**sigmas, **at(high)}
+
+
+class Factors(NamedTuple):
+    """A correction of rank r to a stored weight: left (rows, r) times right (r, columns), each as codes and steps."""
+
+    left: Tensor  # codes
+    left_step: Tensor  # (1, r)
+    right: Tensor  # codes
+    right_step: Tensor  # (r, groups)
+    group: int  # columns of `right` that share a step
+
+    def product(self) -> Tensor:
+        """Returns left @ right, summed in a fixed order so that every machine gets the same bits."""
+        left = self.left * self.left_step
+        right = self.right * self.right_step[:, torch.arange(self.right.shape[1]) // self.group]
+        total = torch.zeros(len(left), right.shape[1])
+        for k in range(left.shape[1]):
+            total += left[:, k : k + 1] * right[k : k + 1]
+        return total
+
+
+def lqer_factors(error: Tensor, rank: int, config: Config) -> Factors:
+    """Returns the best correction of this rank to `error`, quantised. Source: arXiv:2402.02446, PR #1855."""
+    u, s, v = torch.linalg.svd(error.float(), full_matrices=False)
+    left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * v[:rank]
+    group = config.lqer_asym_group
+    padded = F.pad(right, (0, -right.shape[1] % group)).unflatten(1, (-1, group))
+    grid = row_grid(left.T.abs().amax(dim=1, keepdim=True), config.lqer_left_bits)
+    right_grid = row_grid(padded.flatten(0, 1).abs().amax(dim=1, keepdim=True), config.lqer_factor_bits)
+    codes = right_grid.round(padded.flatten(0, 1)).view(rank, -1)[:, : right.shape[1]]
+    return Factors(grid.round(left.T).T, grid.row_step.T, codes, right_grid.row_step.view(rank, -1), group)
+
+
+# -- `rate`: steps from both sides of the curvature, errors fed back along both, points chosen by a trellis; one global step meets the byte budget.
+
+QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
+INPUT_DAMPING, OUTPUT_DAMPING, DIAGONAL_DAMPING = 0.03, 0.03, 0.001
+# Taller matrices (embeddings) have their rows treated as independent: a dense G of the vocabulary costs much and was found to give nothing.
+MOST_COUPLED_ROWS = 4096
+# Ungerboeck's 8-state trellis (parity checks 13 and 4, octal): from state s, a coordinate n with n mod 2 = s mod 2 leads to NEXT_STATE[s][n // 2 mod 2].
+NEXT_STATE = {1: ((0, 0),), 8: ((0, 2), (5, 7), (1, 3), (4, 6), (2, 0), (7, 5), (3, 1), (6, 4))}
+# Rows after which the trellis settles what came before: several times the rows after which its survivors have a common past.
+SETTLED_ROWS = 32
+
+
+def quarter_powers(exponents: np.ndarray) -> np.ndarray:
+    """Returns 2^(k / 4) of integers k in float64, the same bits on every machine."""
+    return np.ldexp(np.array(QUARTERS)[exponents % 4], exponents // 4)
+
+
+def rate_grid(step: float, row_exponents: np.ndarray, column_exponents: np.ndarray) -> Grid:
+    """Returns the grid of `rate`; its points are half steps, of which rounding takes every second."""
+    row_step = torch.from_numpy(step / 2 * quarter_powers(row_exponents)).float()[:, None]
+    return Grid(row_step, torch.from_numpy(quarter_powers(column_exponents)).float()[None], RATE_LIMIT, 2)
+
+
+class Allocation(NamedTuple):
+    """How `rate` treats one weight (rows, columns), whatever the global step."""
+
+    row_exponents: np.ndarray  # steps are in proportion to 2^(row / 4) 2^(column / 4)
+    column_exponents: np.ndarray
+    inner: Tensor  # M of H = M diag(d) M^T: feedback along columns
+    outer: Tensor | None  # N of G = N^T diag(g) N: feedback along rows
+    row_weight: Tensor  # g
+
+    def grid(self, step: float) -> Grid:
+        """Returns the grid for a global step."""
+        return rate_grid(step, self.row_exponents, self.column_exponents)
+
+    def reaching(self, weight: Tensor, step: float) -> Allocation:
+        """Returns the allocation with wider steps in rows that could not be reached within RATE_LIMIT otherwise, with room for feedback."""
+        reach = self.grid(step).step.double() * (0.8 * RATE_LIMIT)
+        excess = 4 * (weight.detach().double().cpu().abs() / reach).amax(dim=1).clamp_min(1).log2()
+        return self._replace(row_exponents=self.row_exponents + excess.ceil().numpy().astype(np.int16))
+
+
+def allocate(curvature: Curvature) -> Allocation:
+    """Returns steps in proportion to (g_i d_j)^(-1/2), at which every weight adds the same error to the loss. Sources: arXiv:2603.04956, arXiv:2505.22988."""
+    assert curvature.outputs is not None, "calibrated without gradients"
+    inner, d = reverse_cholesky(damped(curvature.inputs, INPUT_DAMPING))
+    if curvature.outputs.dim() == 2 and len(curvature.outputs) <= MOST_COUPLED_ROWS:
+        upper, g = reverse_cholesky(damped(curvature.outputs, OUTPUT_DAMPING))
+        outer = upper.T.float().contiguous()
+    else:
+        diagonal = (curvature.outputs if curvature.outputs.dim() == 1 else curvature.outputs.diagonal()).double()
+        outer, g = None, diagonal + DIAGONAL_DAMPING * diagonal.mean() + 1e-20
+    row, column = ((-2 * side.log2()).round().clamp(-200, 200).cpu().numpy().astype(np.int16) for side in (g, d))
+    return Allocation(row, column, inner.float(), outer, g.float())
+
+
+def frozen_exponents(part: Weight, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (row exponents, column exponents) of a grid that was frozen at a global step."""
+    row, column = ((4 * side.double().log2()).round().flatten().cpu().numpy().astype(np.int16) for side in (part.row_step * 2 / step, part.column_step))
+    return row, column
+
+
+def scale_counts(weight: Tensor, allocation: Allocation) -> Tensor:
+    """Returns how many weights have a standard deviation of 2^(k / 4) steps at global step 1, k = -200 .. 200, from the sizes of rows and columns."""
+    grid = allocation.grid(1.0)
+    squares = (weight.double() / (grid.step.to(weight.device) * grid.spacing)).square() + 1e-30
+    log_rows, log_columns = (0.5 * squares.mean(dim=side).log2() for side in (1, 0))
+    exponents = 4 * (log_rows[:, None] + log_columns - 0.5 * squares.mean().log2())
+    return torch.bincount(exponents.round().clamp(-200, 200).long().flatten() + 200, minlength=401).double()
+
+
+def forecast_bits(counts: Tensor, step: float) -> float:
+    """Returns how many bits weights with these `scale_counts` are predicted to take at a global step."""
+    scales = 2 ** (torch.arange(-200, 201, dtype=torch.float64) / 4) / step
+    return float((counts * gaussian_bits(scales)).sum())
+
+
+def find_step(counts: Tensor, bits: float) -> float:
+    """Returns the global step at which weights with these `scale_counts` are predicted to take `bits` bits in total."""
+    low, high = -60.0, 60.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if forecast_bits(counts, 2**middle) > bits else (low, middle)
+    return 2**high
+
+
+# At steps finer than for this divergence in nats per token, the loss does not change any more.
+FINEST_DIVERGENCE = 5e-6
+
+
+def overhead_bits(model: GPT) -> float:
+    """Returns about how many bits a `rate` artifact takes besides its codes: float16 gains, exponents of rows and columns, header."""
+    parts = weight_parts(model)
+    gains = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in parts)
+    return 15 * gains + 7 * sum(sum(part.weight.shape) for part in parts.values()) + 16000
+
+
+# What codes take beyond `forecast_bits`, in bits per weight: measured at 2.2 to 3.6 bits per weight, to the nearest point and with feedback, which
+# spreads what is rounded wider than the weights are.
+NEAREST_EXTRA_BITS, FEEDBACK_EXTRA_BITS = 0.03, 0.1
+
+
+class RatePlan(NamedTuple):
+    """What `rate` is about to do with a model."""
+
+    step: float  # the global one
+    allocations: dict[str, Allocation]
+    counts: Tensor  # `scale_counts` of all weights
+    finest: float  # the least global step of use: the divergence is about weights * step^2 / 24 nats per token
+
+
+def plan_rate(model: GPT, curvatures: Mapping[str, Curvature], budget: int, extra_bits: float = FEEDBACK_EXTRA_BITS) -> RatePlan:
+    """Returns the steps at which the model is predicted to fill `budget` bytes. Where training saw frozen steps, they are those."""
+    parts = weight_parts(model)
+    allocations = {name: allocate(curvatures[name]) for name in parts}
+    step = model.frozen_step
+    if step:
+        for name, part in parts.items():
+            rows, columns = frozen_exponents(part, step)
+            allocations[name] = allocations[name]._replace(row_exponents=rows, column_exponents=columns)
+    counts = torch.stack([scale_counts(part.weight.detach(), allocations[name]).cpu() for name, part in parts.items()]).sum(dim=0)
+    finest = (24 * FINEST_DIVERGENCE / float(counts.sum())) ** 0.5
+    codes_bits = 8 * budget - overhead_bits(model) - extra_bits * float(counts.sum())
+    step = step or float(np.float32(max(find_step(counts, codes_bits), finest)))
+    return RatePlan(step, allocations, counts, finest)
+
+
+@cache
+def trellis_kernel() -> Callable[..., None]:
+    """Returns the compiled inner loop of `assign_two_sided`: it releases the interpreter's lock, so that threads work on several matrices."""
+    import numba
+
+    def settle(weight, moved, inner, outer, row_step, column_step, row_weight, next_state, limit, codes, error):  # type: ignore[no-untyped-def]
+        # weight, moved, codes, error: (rows, columns) of a block; inner: (columns, columns), transposed; outer: (rows, rows), or (0, 0) = independent rows.
+        rows, columns = weight.shape
+        states, window = len(next_state), 2 * SETTLED_ROWS
+        coupled = outer.shape[0] > 0
+        target, settled = np.empty(rows, np.float32), np.empty(rows, np.float32)
+        recent, moved_on = np.zeros((states, window), np.float32), np.zeros((states, window), np.float32)
+        cost, new_cost = np.empty(states), np.empty(states)
+        came_from, chose = np.zeros((rows, states), np.int64), np.zeros((rows, states), np.int64)
+        origin = np.empty(states, np.int64)
+        for j in range(columns):
+            for i in range(rows):
+                fed = weight[i, j] + moved[i, j]
+                for k in range(j):
+                    fed += error[i, k] * inner[j, k]
+                target[i] = fed
+            cost[:] = np.inf
+            cost[0] = 0.0
+            first = 0  # rows before this one are settled, the same for all survivors
+            for i in range(rows):
+                step = row_step[i] * column_step[j]
+                shared = target[i]
+                if coupled:
+                    for k in range(first):
+                        shared += outer[i, k] * settled[k]
+                new_cost[:] = np.inf
+                for state in range(states):
+                    if cost[state] == np.inf:
+                        continue
+                    fed = shared
+                    if coupled:
+                        for k in range(i - first):
+                            fed += outer[i, first + k] * recent[state, k]
+                    ratio = fed / step
+                    for branch in range(2):
+                        residue = 2 * branch + (state & 1)
+                        code = residue + 4 * int(np.floor((ratio - residue) / 4 + 0.5))
+                        while code > limit:
+                            code -= 4
+                        while code < -limit:
+                            code += 4
+                        miss = (ratio - code) * step
+                        total = cost[state] + row_weight[i] * miss * miss
+                        reached = next_state[state, branch]
+                        if total < new_cost[reached]:
+                            new_cost[reached], came_from[i, reached], chose[i, reached] = total, state, code
+                for state in range(states):
+                    if coupled and new_cost[state] < np.inf:
+                        parent = came_from[i, state]
+                        for k in range(i - first):
+                            moved_on[state, k] = recent[parent, k]
+                        moved_on[state, i - first] = target[i] - chose[i, state] * step
+                recent, moved_on = moved_on, recent
+                cost, new_cost = new_cost, cost
+                if coupled and i - first + 1 == window:
+                    best = np.argmin(cost)
+                    for state in range(states):
+                        origin[state] = state
+                        if cost[state] < np.inf:
+                            for k in range(i, first + SETTLED_ROWS - 1, -1):
+                                origin[state] = came_from[k, origin[state]]
+                    for k in range(SETTLED_ROWS):
+                        settled[first + k] = recent[best, k]
+                    for state in range(states):
+                        if origin[state] != origin[best]:
+                            cost[state] = np.inf
+                        for k in range(SETTLED_ROWS):
+                            recent[state, k] = recent[state, SETTLED_ROWS + k]
+                    first += SETTLED_ROWS
+            state = np.argmin(cost)
+            for i in range(rows - 1, -1, -1):
+                codes[i, j] = chose[i, state]
+                error[i, j] = weight[i, j] - codes[i, j] * (row_step[i] * column_step[j])
+                state = came_from[i, state]
+
+    return numba.njit(settle, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+def assign_two_sided(weight: Tensor, grid: Grid, allocation: Allocation, states: int) -> np.ndarray:
+    """Returns codes (rows, columns), int16, on half steps: errors are fed back along columns and rows, and a trellis of 1 or 8 states goes down each column.
+
+    With c = E strict(M), the target of row i is w_i + c_i + sum over k < i of N_ik (e_k + c_k), and the sum of d_j g_i (target - point)^2 over all weights
+    is tr(G E H E^T) exactly. Every survivor of the trellis carries the errors of its own path (per-survivor processing). One state: plain rounding
+    to full steps. Sources: trellis-coded quantisation, Marcellin and Fischer 1990; feedback along both sides, arXiv:2505.22988.
+    """
+    rows, columns = weight.shape
+    source = weight.float().cpu().numpy()
+    inner = allocation.inner.cpu().numpy()
+    outer = np.empty((0, 0), np.float32) if allocation.outer is None else allocation.outer.cpu().numpy()
+    row_step, column_step = grid.row_step[:, 0].numpy(), grid.column_step[0].numpy()
+    row_weight, next_state = allocation.row_weight.cpu().numpy(), np.array(NEXT_STATE[states])
+    codes, error = np.zeros((rows, columns), np.int16), np.zeros((rows, columns), np.float32)
+    for start in range(0, columns, 64):
+        part = slice(start, min(start + 64, columns))
+        moved = error[:, :start] @ inner[:start, part]
+        coded, missed = np.empty(moved.shape, np.int16), np.empty(moved.shape, np.float32)
+        own, within = np.ascontiguousarray(source[:, part]), np.ascontiguousarray(inner[part, part].T)
+        trellis_kernel()(own, moved, within, outer, row_step, column_step[part], row_weight, next_state, grid.limit, coded, missed)
+        codes[:, part], error[:, part] = coded, missed
+    return codes
+
+
+def inefficiency_bits(curvatures: Sequence[Curvature], grids: Sequence[Grid], shapes: Sequence[torch.Size]) -> float:
+    """Returns I = log2(arithmetic / geometric mean of g_i d_j step_ij^2) / 2 over all weights: bits per weight that other steps could save at high rate."""
+    logs = []
+    for curvature, grid, shape in zip(curvatures, grids, shapes, strict=True):
+        if curvature.outputs is not None:
+            g = curvature.outputs if curvature.outputs.dim() == 1 else curvature.outputs.diagonal()
+            _, d = reverse_cholesky(damped(curvature.inputs, INPUT_DAMPING))
+            rows = (g.double() + DIAGONAL_DAMPING * g.double().mean() + 1e-20).log().cpu()[:, None]
+            logs.append((rows + d.log().cpu() + 2 * (grid.step.double() * grid.spacing).clamp_min(1e-30).log().cpu().expand(shape)).flatten())
+    every = torch.cat(logs)
+    return float(every.logsumexp(dim=0) - math.log(len(every)) - every.mean()) / math.log(4)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
 # evaluation only the callback `validate`.
 
-CHECKPOINT_VERSION, DIGEST_BYTES = 2, 16
+CHECKPOINT_VERSION, DIGEST_BYTES = 3, 16
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
 
@@ -2258,7 +2873,7 @@ class TrainingState(NamedTuple):
     def save(self) -> dict[str, Any]:
         """Returns a copy on the CPU. Every rank must call it."""
         live = {
-            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
+            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()}, "grids": dict(self.model.named_buffers()),
             "optimizer": self.optimizer.state_dict(), "averages": self.averages.state_dict(), "loader": self.loader.state,
         }  # fmt: skip
         return cpu_copy(live)
@@ -2266,6 +2881,7 @@ class TrainingState(NamedTuple):
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restores what `save` returned."""
         load_weights(self.model, saved["model"])
+        load_grids(self.model, saved["grids"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.averages.load_state_dict(saved["averages"])
         self.loader.state = dict(saved["loader"])
@@ -2285,6 +2901,13 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+
+
+def load_grids(model: GPT, grids: Mapping[str, Tensor]) -> None:
+    """Restores the frozen grids of a checkpoint, as far as the model has such."""
+    for name, buffer in model.named_buffers():
+        if name in grids:
+            buffer.copy_(grids[name])
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -2336,7 +2959,8 @@ def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, 
 def check_same_settings(saved: Mapping[str, Any], config: Config) -> None:
     """Raises ValueError listing the settings in which a checkpoint differs from this run, where they reach the trained weights."""
     now = asdict(config)
-    differing = [name for name in now if name not in FREE_ON_RESUME and saved.get(name) != now[name]]
+    free = (*FREE_ON_RESUME, *GRID_SETTINGS) if config.qat_start_frac == 1 else FREE_ON_RESUME
+    differing = [name for name in now if name not in free and saved.get(name) != now[name]]
     if differing:
         lines = [f"  {name.upper()}: checkpoint {saved.get(name)!r}, now {now[name]!r}" for name in differing]
         raise ValueError("RESUME=1: the checkpoint was made with other settings; use its config.env, or another RUN_ID:\n" + "\n".join(lines))
@@ -2376,6 +3000,8 @@ def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: 
     rows = loader.next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, world)
     loss = torch.zeros((), device=world.device)
     for part in rows.split(rows_per_forward(loader.config, phase, world.size)):
+        if loader.config.qat_loop_noise and phase.qat:  # the same noise on every rank, in every part of the batch, and after a resume
+            torch.manual_seed(loader.config.seed + loader.state["tokens"])
         nats = forward(part[:, :-1], part[:, 1:], phase)
         share = nats.sum() / phase.batch_tokens
         share.backward()
@@ -2413,6 +3039,7 @@ class Trained(NamedTuple):
     seconds: float
     tokens: int
     score: Score  # of the trained weights, before quantisation
+    curvatures: Mapping[str, Curvature]  # around them, where QUANT_SCHEME asks for it
 
 
 class Moment(NamedTuple):
@@ -2453,6 +3080,7 @@ class Trainer:
         self.forward = compiled(model, run.config)
         self.state = TrainingState(model, Optimizer(model, run.config, run.world), Averages(model, run.config), loader)
         self.schedule = Schedule(run.config)
+        self.reserve_seconds = 0.0  # of MAX_WALLCLOCK_SECONDS, for the statistics that the export needs
         self.score_now = validate
         self.phase = self.schedule.scored_phase  # of the latest step, without QAT
         self.step = 0
@@ -2462,10 +3090,11 @@ class Trainer:
 
     def train(self) -> Trained:
         """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
-        world, signals = self.run.world, self.run.signals
+        config, world, signals = self.run.config, self.run.world, self.run.signals
         finished = self.resume()
         if not finished:
             warm_up(self.run, self.forward, self.state, self.schedule)
+            self.reserve()
             signals.deferred = True
             try:
                 finished = self.loop()
@@ -2480,9 +3109,62 @@ class Trainer:
                 number = signals.received or signal.SIGTERM
                 self.run.log.note(f"stopped by {number.name} after step {self.step}; continue with: python train_gpt.py @{self.run.folder}/config.env RESUME=1")
                 raise SystemExit(128 + number)
+        tokens, began = self.state.loader.state["tokens"], self.clock.seconds()
+        curvatures = self.calibrate()
+        if curvatures:
+            spent = self.clock.seconds() - began
+            self.run.log.note(f"calibration on {config.calibration_tokens:,} training tokens: {spent:.1f} s ({self.reserve_seconds:.1f} reserved)")
         peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB" if world.device.type == "cuda" else ""
         self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights saved in checkpoint.pt")
-        return Trained(self.step, self.clock.seconds(), self.state.loader.state["tokens"], self.validate())
+        return Trained(self.step, self.clock.seconds(), tokens, self.validate(), curvatures)
+
+    def reserve(self) -> None:
+        """Measures what the statistics of the export take, so that training ends that much earlier."""
+        config = self.run.config
+        if not (config.max_wallclock_seconds and self.wants_curvature()):
+            return
+        clock, before = self.clock, dict(self.state.loader.state)
+        self.clock = Clock()
+        self.calibrate()
+        measured = self.run.world.from_main(1.1 * self.clock.seconds())
+        self.clock, self.state.loader.state, self.reserve_seconds = clock, before, measured
+        self.schedule = Schedule(replace(config, max_wallclock_seconds=max(config.max_wallclock_seconds - measured, 1e-3)))
+        self.run.log.note(f"{measured:.1f} s of MAX_WALLCLOCK_SECONDS are reserved for calibration")
+
+    def wants_curvature(self) -> bool:
+        """Returns whether the export of this run needs statistics from training text."""
+        return "export" in self.run.config.stage_list and self.run.config.quant_scheme in CALIBRATED_SCHEMES
+
+    def calibrate(self) -> Mapping[str, Curvature]:
+        """Returns the curvature around the weights as they are, measured on the training clock; nothing where the export does not need it."""
+        if not self.wants_curvature():
+            return {}
+        self.clock.start()
+        measured = calibrate(self.state.model, self.phase, self.state.loader, self.run.world, gradients=self.run.config.quant_scheme == "rate")
+        synchronise(self.run.world)
+        self.clock.pause()
+        return measured
+
+    def freeze_grids(self) -> None:
+        """Sets the grids that training sees from now on, where steps come from statistics; part of training's time."""
+        model, config = self.state.model, self.run.config
+        parts = {name: part for name, part in weight_parts(model).items() if part.bits < 16}
+        if config.quant_scheme not in FROZEN_SCHEMES or any(part.is_frozen() for part in parts.values()):
+            return
+        curvatures = calibrate(model, self.phase, self.state.loader, self.run.world, gradients=config.quant_scheme == "rate")
+        if config.quant_scheme == "adaptive":
+            sigmas = adaptive_sigmas(parts, curvatures)
+            for name, part in parts.items():
+                part.freeze(sdclip_grid(part.weight, part.bits, sigmas[name]))
+            self.run.world.copy_from_main(list(model.buffers()))
+            return
+        budget = self.run.world.from_main(config.bytes_cap - code_bytes(self.run.source) if self.run.world.is_main else 0)
+        planned = plan_rate(model, curvatures, budget, NEAREST_EXTRA_BITS)
+        for name, part in parts.items():
+            part.freeze(planned.allocations[name].reaching(part.weight, planned.step).grid(planned.step))
+        model.rate_step.fill_(planned.step)
+        self.run.world.copy_from_main(list(model.buffers()))
+        self.run.log.note(f"rate: training sees steps frozen at global step {planned.step:.4g}, for {budget:,} bytes")
 
     def loop(self) -> bool:
         """Runs steps until the end, or until a signal; returns whether it was the end."""
@@ -2495,13 +3177,15 @@ class Trainer:
         while True:
             control = link.exchange(self.clock.seconds(), self.run.signals.received is not None)
             step_seconds = pace.update(self.step - 1, control.seconds)  # the clock that all ranks agree on is one step late
-            late = 0 < config.max_wallclock_seconds < control.seconds + STEPS_IN_FLIGHT * step_seconds
+            late = 0 < config.max_wallclock_seconds < control.seconds + self.reserve_seconds + STEPS_IN_FLIGHT * step_seconds
             if control.stop or late or self.step == config.iterations:
                 break
             knobs = self.schedule(self.schedule.progress(self.step, control.seconds, step_seconds))
             if knobs.phase != phase:
                 phase = knobs.phase
                 self.phase = replace(phase, qat=False)
+                if phase.qat:
+                    self.freeze_grids()
                 self.run.log.event("phase", step=self.step, **asdict(phase))
             stats = training_step(self.forward, state.optimizer, state.loader, knobs)
             self.step += 1
@@ -2538,7 +3222,7 @@ class Trainer:
         steps, elapsed = step - self.logged.step, seconds - self.logged.seconds
         remaining = (config.iterations - step) * seconds / step
         if config.max_wallclock_seconds:
-            remaining = min(remaining, max(config.max_wallclock_seconds - seconds, 0.0))
+            remaining = min(remaining, max(config.max_wallclock_seconds - self.reserve_seconds - seconds, 0.0))
         event = {
             "step": step, "steps": config.iterations, "train_loss": loss, "grad_norm": grad_norm, "lr_scale": knobs.lr_scale,
             "step_ms": 1000 * elapsed / max(steps, 1), "tokens_per_second": (now.tokens - self.logged.tokens) / max(elapsed, 1e-9),
@@ -2592,15 +3276,35 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Artifact
 # ------------------------------------------------------------------------------------------------------------------------------------
-# Owns the file that is scored, its reader, and the size of the packed script. Layout: magic, version, header length, header (JSON: model
-# settings, scheme, coder, per role its bits and coded bytes), coded roles, digest of all before. Nothing in it is executed.
+# Owns the file that is scored, its coders, its reader, the size of the packed script, and the byte budget. Layout: magic, version, header length,
+# header (JSON: model settings, scheme, coder, global step, per role its bits and coded bytes), coded roles, digest of all before. Nothing in it
+# is executed.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 2
-MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 16, 1 << 31
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 3
+# A file that claims more weights than this, in all or per coded byte, is refused before anything is unpacked.
+MAX_HEADER_BYTES, MAX_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 1 << 16, 1 << 28, 512
+
+
+class Stored(NamedTuple):
+    """A weight as the artifact holds it."""
+
+    codes: np.ndarray  # (rows, columns) int16
+    grid: Grid
+    bits: int  # 0 = `rate`
+    states: int = 1  # of the trellis that chose the codes
+    exponents: tuple[np.ndarray, ...] = ()  # of row and column steps, with `rate`
+    factors: Factors | None = None
+
+    def weight(self) -> Tensor:
+        """Returns the float32 weight."""
+        points = self.grid.dequantise(torch.from_numpy(self.codes.astype(np.float32)))
+        return points if self.factors is None else points + self.factors.product()
 
 
 def compress(data: bytes, coder: str) -> bytes:
     """Returns `data` coded by a byte coder at its highest level."""
+    if coder == "brotli":
+        return bytes(brotli.compress(data, quality=11, lgwin=24))
     return zlib.compress(data, 9) if coder == "zlib" else zstandard.ZstdCompressor(level=22).compress(data)
 
 
@@ -2611,14 +3315,103 @@ def decompress(data: bytes, coder: str, size: int) -> bytes:
             stream = zlib.decompressobj()
             raw = stream.decompress(data, size + 1)
             whole = stream.eof and not stream.unused_data
+        elif coder == "brotli":
+            unpacker = brotli.Decompressor()
+            raw = unpacker.process(data, output_buffer_limit=size + 1)
+            whole = unpacker.is_finished()
         else:
             whole = zstandard.frame_content_size(data) == size
             raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False) if whole else b""
-    except (zlib.error, zstandard.ZstdError) as error:
+    except (zlib.error, zstandard.ZstdError, brotli.error) as error:
         raise ValueError(f"its {coder} data is damaged ({error})") from None
     if not whole or len(raw) != size:
         raise ValueError(f"its {coder} data does not hold the {size:,} bytes that its settings ask for")
     return raw
+
+
+# -- The entropy coder: a range coder that takes every code for a rounded Gaussian whose scale is that of its row times that of its column.
+
+SCALE_EXPONENTS = (-10, 44)  # scales are 2^(k / 4) steps, within these
+SIDE_LIMIT = 1023  # of the exponents that travel with a matrix
+
+
+def code_scales(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Returns the scale of every code, in steps: float64 (rows, columns)."""
+    return quarter_powers((rows.astype(np.int64)[:, None] + columns).clip(*SCALE_EXPONENTS))
+
+
+def fit_scales(codes: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the exponents of rows and columns at which `codes` take few bits: from their sizes, then each side in turn moved where that helps."""
+    low, high = SCALE_EXPONENTS
+    sizes = np.abs(codes.astype(np.int64))
+    edges = torch.arange(int(sizes.max(initial=0)) + 1, dtype=torch.float64) / spacing
+    scales = torch.from_numpy(quarter_powers(np.arange(low, high + 1)))[:, None]
+    shares = torch.special.ndtr((0.5 - edges) / scales) - torch.special.ndtr((-0.5 - edges) / scales)
+    bits = -shares.clamp_min(2.0**-24).log2().float().numpy()
+    squares = (sizes / spacing) ** 2.0
+    mean = squares.mean() + 1e-3
+    sides = [np.round(2 * np.log2(squares.mean(axis=1) + 1e-3)).astype(np.int64), np.round(2 * np.log2((squares.mean(axis=0) + 1e-3) / mean)).astype(np.int64)]
+    for axis in (0, 1, 0, 1):
+        lengths = []
+        for change in (-1, 0, 1):
+            moved = [side + change * (number == axis) for number, side in enumerate(sides)]
+            classes = (moved[0][:, None] + moved[1]).clip(low, high) - low
+            lengths.append(bits[classes, sizes].sum(axis=1 - axis))
+        sides[axis] = sides[axis] + np.argmin(lengths, axis=0) - 1
+    return sides[0].clip(-SIDE_LIMIT, SIDE_LIMIT), sides[1].clip(-SIDE_LIMIT, SIDE_LIMIT)
+
+
+def encode_matrix(codes: np.ndarray, spacing: int, states: int, exponents: Sequence[np.ndarray] = ()) -> bytes:
+    """Returns the coded matrix, preceded by vectors of `exponents` if it has any. At spacing 2 what is coded is floor(n / 2); the trellis knows the rest."""
+    symbols = (codes // spacing).astype(np.int32)
+    bound = int(np.abs(symbols).max(initial=0)) + 1
+    rows, columns = fit_scales(codes, spacing)
+    coder = constriction.stream.queue.RangeEncoder()
+    head = struct.pack("<BH", states, bound)
+    for side in (*exponents, rows, columns):
+        mean, spread = round(float(side.mean())), round(4 * math.log2(float(side.std()) + 0.2))
+        head += struct.pack("<hb", mean, spread)
+        coder.encode(side.astype(np.int32), side_model(mean, spread))
+    scales = code_scales(rows, columns)
+    means = (codes % 2) / -2.0 if spacing == 2 else np.zeros(codes.shape)
+    coder.encode(symbols.ravel(), constriction.stream.model.QuantizedGaussian(-bound, bound), means.ravel(), scales.ravel())
+    return head + coder.get_compressed().astype("<u4").tobytes()
+
+
+def side_model(mean: int, spread: int) -> Any:
+    """Returns the model of a vector of exponents with this mean and spread."""
+    return constriction.stream.model.QuantizedGaussian(-SIDE_LIMIT, SIDE_LIMIT, float(mean), float(quarter_powers(np.array(spread))))
+
+
+def decode_matrix(data: bytes, shape: tuple[int, int], spacing: int, vectors: Sequence[int] = ()) -> tuple[np.ndarray, int, list[np.ndarray]]:
+    """Returns (codes, states, exponents) of `encode_matrix`; `vectors` are the lengths of the exponents. Raises ValueError when `data` is damaged."""
+    lengths = (*vectors, *shape)
+    size = 3 + 3 * len(lengths)
+    if len(data) < size or len(data) % 4 != size % 4:
+        raise ValueError("a coded matrix is truncated")
+    states, bound = struct.unpack_from("<BH", data)
+    if states not in NEXT_STATE or not 0 < bound <= RATE_LIMIT or (states > 1 and spacing == 1):
+        raise ValueError(f"a coded matrix has {states} states and codes up to {bound}")
+    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4", offset=size).astype(np.uint32))
+    try:
+        sides = []
+        for number, length in enumerate(lengths):
+            mean, spread = struct.unpack_from("<hb", data, 3 + 3 * number)
+            sides.append(coder.decode(side_model(max(min(mean, SIDE_LIMIT), -SIDE_LIMIT), max(min(spread, 40), -40)), length))
+        *exponents, rows, columns = sides
+        family, next_state = constriction.stream.model.QuantizedGaussian(-bound, bound), np.array(NEXT_STATE[states])
+        codes, state = np.empty(shape, np.int16), np.zeros(shape[1], np.int64)
+        for row in range(shape[0]):
+            odd = state & 1
+            symbols = coder.decode(family, odd / -2.0, code_scales(rows[row : row + 1], columns)[0])
+            codes[row] = spacing * symbols + odd
+            state = next_state[state, (codes[row] >> 1) & 1]
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"a coded matrix is damaged ({error})") from None
+    return codes, states, exponents
+
+
+# -- Roles: everything of one role, one after another.
 
 
 def parameters_by_role(model: GPT) -> dict[Role, dict[str, nn.Parameter]]:
@@ -2628,54 +3421,176 @@ def parameters_by_role(model: GPT) -> dict[Role, dict[str, nn.Parameter]]:
     return {role: parameters for role, parameters in groups.items() if parameters}
 
 
-def encode_role(tensors: Sequence[Tensor], bits: int) -> bytes:
-    """Returns the raw bytes of tensors of one role: all steps (bfloat16), then all codes (int8), or all values (float16) at 16 bits."""
-    if bits == 16:
-        return b"".join(tensor.to(torch.float16).cpu().numpy().tobytes() for tensor in tensors)
-    grids = [rowmax_grid(tensor, bits) for tensor in tensors]
-    steps = [(grid.step.float().view(torch.int32) >> 16).to(torch.int16).cpu().numpy().tobytes() for grid in grids]
-    codes = [grid.round(tensor).to(torch.int8).cpu().numpy().tobytes() for grid, tensor in zip(grids, tensors, strict=True)]
-    return b"".join(steps + codes)
+def bfloat16_bits(values: Tensor) -> np.ndarray:
+    """Returns the upper halves of float32 values that bfloat16 holds, as little-endian 16-bit integers."""
+    return (values.float().contiguous().view(torch.int32) >> 16).to(torch.int16).numpy().astype("<i2")
 
 
-def raw_size(shapes: Sequence[torch.Size], bits: int) -> int:
-    """Returns the length of `encode_role` for tensors of these shapes."""
-    return sum(2 * shape.numel() if bits == 16 else shape.numel() + 2 * shape[0] for shape in shapes)
+def shuffle_bytes(data: bytes) -> bytes:
+    """Returns two-byte numbers as all their low bytes, then all their high ones."""
+    return np.frombuffer(data, dtype=np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def decode_role(raw: bytes, shapes: Sequence[torch.Size], bits: int) -> list[Tensor]:
-    """Returns the float32 tensors whose `encode_role` is `raw`."""
-    if bits == 16:
-        flat = torch.from_numpy(np.frombuffer(raw, dtype="<f2").astype(np.float32))
-        return [piece.view(shape) for piece, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes, strict=True)]
-    rows = [shape[0] for shape in shapes]
-    patterns = np.frombuffer(raw, dtype="<u2", count=sum(rows)).astype(np.uint32) << 16
-    steps = torch.from_numpy(patterns.view(np.float32)).split(rows)
-    codes = torch.from_numpy(np.frombuffer(raw, dtype=np.int8, offset=2 * sum(rows)).astype(np.float32)).split([shape.numel() for shape in shapes])
-    limit = 2 ** (bits - 1) - 1
-    return [Grid(step[:, None], limit).dequantise(code.view(shape)) for step, code, shape in zip(steps, codes, shapes, strict=True)]
+def similar_rows(codes: np.ndarray) -> np.ndarray:
+    """Returns an order of rows in which each is followed by the nearest (in L1) of those that are left."""
+    left, order = np.arange(1, len(codes)), [0]
+    while len(left):
+        nearest = int(np.abs(codes[left].astype(np.int32) - codes[order[-1]]).sum(axis=1).argmin())
+        order.append(int(left[nearest]))
+        left = np.delete(left, nearest)
+    return np.array(order)
 
 
-def build_artifact(model: GPT, config: Config) -> tuple[bytes, list[dict[str, Any]]]:
-    """Returns the artifact and the table of bytes by role. Raises ValueError when a weight cannot be stored."""
-    rules = role_rules(config)
-    blobs, table = [], []
+class Layout(NamedTuple):
+    """How byte coders lay out a role."""
+
+    coder: str
+    code_order: str
+    byte_shuffle: bool
+
+
+def encode_role(entries: Sequence[Stored | Tensor], layout: Layout) -> bytes:
+    """Returns a role's coded bytes: numbers of two bytes (float16 values, bfloat16 steps, orders of rows), then the codes of every matrix."""
+    plain, codes, matrices = b"", b"", b""
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            plain += entry.to(torch.float16).cpu().numpy().astype("<f2").tobytes()
+            continue
+        if entry.bits:
+            plain += bfloat16_bits(entry.grid.row_step).tobytes()
+        if layout.coder == "range":
+            coded = encode_matrix(entry.codes, entry.grid.spacing, entry.states, entry.exponents)
+            matrices += struct.pack("<I", len(coded)) + coded
+            continue
+        kept = entry.codes.astype(np.int8)
+        if layout.code_order == "sorted":
+            order = similar_rows(kept)
+            plain, kept = plain + order.astype("<u2").tobytes(), kept[order]
+        codes += (kept if layout.code_order == "rows" else kept.T).tobytes()
+    plain = shuffle_bytes(plain) if layout.byte_shuffle else plain
+    if layout.coder == "range":
+        squeezed = compress(plain, "zstd")
+        return struct.pack("<I", len(squeezed)) + squeezed + matrices
+    return compress(plain + codes, layout.coder)
+
+
+def decode_role(data: bytes, shapes: Sequence[torch.Size], bits: Sequence[int], layout: Layout, step: float) -> list[Stored | Tensor]:
+    """Returns what `encode_role` was given, of these shapes and bits. Raises ValueError when `data` does not hold exactly that."""
+    sorted_rows = layout.coder != "range" and layout.code_order == "sorted"
+    shorts = [shape.numel() if width == 16 else shape[0] * ((width > 0) + sorted_rows) for shape, width in zip(shapes, bits, strict=True)]
+    coded = 0 if layout.coder == "range" else sum(shape.numel() for shape, width in zip(shapes, bits, strict=True) if width < 16)
+    matrices = b""
+    if layout.coder == "range":
+        squeezed, matrices = take_block(data)
+        raw = decompress(squeezed, "zstd", 2 * sum(shorts))
+    else:
+        raw = decompress(data, layout.coder, 2 * sum(shorts) + coded)
+    plain, codes = raw[: 2 * sum(shorts)], np.frombuffer(raw, dtype=np.int8, offset=2 * sum(shorts))
+    if layout.byte_shuffle:
+        plain = np.frombuffer(plain, dtype=np.uint8).reshape(2, -1).T.tobytes()
+    values = np.frombuffer(plain, dtype="<u2")
+    entries: list[Stored | Tensor] = []
+    for shape, width, short in zip(shapes, bits, shorts, strict=True):
+        mine, values = values[:short], values[short:]
+        if width == 16:
+            entries.append(torch.from_numpy(mine.view("<f2").astype(np.float32)).view(shape))
+            continue
+        rows, columns = shape
+        spacing = 1 if width else 2
+        states, exponents = 1, list[np.ndarray]()
+        if layout.coder == "range":
+            block, matrices = take_block(matrices)
+            matrix, states, exponents = decode_matrix(block, (rows, columns), spacing, () if width else (rows, columns))
+        else:
+            matrix, codes = codes[: rows * columns], codes[rows * columns :]
+            matrix = (matrix.reshape(rows, columns) if layout.code_order == "rows" else matrix.reshape(columns, rows).T).astype(np.int16)
+            if sorted_rows:
+                order = mine[-rows:]
+                if not np.array_equal(np.sort(order), np.arange(rows)):
+                    raise ValueError("an order of rows is not one")
+                matrix = matrix[np.argsort(order)]
+        if width:
+            steps = torch.from_numpy((mine[:rows].astype(np.uint32) << 16).view(np.float32).copy())
+            grid = Grid(steps[:, None], torch.ones(1, 1), 2 ** (width - 1) - 1)
+        else:
+            grid = rate_grid(step, *exponents)
+        entries.append(Stored(matrix, grid, width, states, tuple(exponents)))
+    if matrices:
+        raise ValueError(f"{len(matrices)} bytes after the last matrix")
+    return entries
+
+
+def take_block(data: bytes) -> tuple[bytes, bytes]:
+    """Returns the block at the start of `data`, which its length precedes, and what follows it."""
+    length = struct.unpack_from("<I", data)[0] if len(data) >= 4 else -1
+    if not 0 <= length <= len(data) - 4:
+        raise ValueError("a block is truncated")
+    return data[4 : 4 + length], data[4 + length :]
+
+
+def encode_factors(factors: Sequence[Factors]) -> bytes:
+    """Returns the raw bytes of corrections: all steps (bfloat16), then all codes (int8)."""
+    steps = [bfloat16_bits(step) for entry in factors for step in (entry.left_step, entry.right_step)]
+    codes = [code.to(torch.int8).numpy() for entry in factors for code in (entry.left, entry.right)]
+    return b"".join(array.tobytes() for array in steps + codes)
+
+
+def decode_factors(raw: bytes, shapes: Sequence[torch.Size], rank: int, group: int) -> list[Factors]:
+    """Returns the corrections of rank `rank` to weights of these shapes, from the raw bytes of `encode_factors`."""
+    step_shapes = [piece for _, columns in shapes for piece in ((1, rank), (rank, -(-columns // group)))]
+    code_shapes = [side for rows, columns in shapes for side in ((rows, rank), (rank, columns))]
+    count = sum(rows * columns for rows, columns in step_shapes)
+    patterns = np.frombuffer(raw, dtype="<u2", count=count).astype(np.uint32) << 16
+    steps = cut(torch.from_numpy(patterns.view(np.float32)), step_shapes)
+    codes = cut(torch.from_numpy(np.frombuffer(raw, dtype=np.int8, offset=2 * count).astype(np.float32)), code_shapes)
+    return [Factors(codes[k], steps[k], codes[k + 1], steps[k + 1], group) for k in range(0, len(codes), 2)]
+
+
+def cut(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Returns the matrices of these shapes that lie one after another in `flat`."""
+    return [piece.view(shape) for piece, shape in zip(flat.split([rows * columns for rows, columns in shapes]), shapes, strict=True)]
+
+
+def factor_bytes(shapes: Sequence[torch.Size], rank: int, group: int) -> int:
+    """Returns the length of `encode_factors` for weights of these shapes."""
+    return sum(2 * rank * (1 + -(-columns // group)) + rank * (rows + columns) for rows, columns in shapes)
+
+
+class Packed(NamedTuple):
+    """An artifact that is ready to be written."""
+
+    data: bytes
+    table: list[dict[str, Any]]  # bytes by role
+
+
+def pack(model: GPT, stored: Mapping[str, Stored], step: float) -> Packed:
+    """Returns the artifact that holds `stored` weights and every other parameter as float16. Raises ValueError when one cannot be stored."""
+    config = model.config
+    layout = Layout(config.coder, config.code_order, config.byte_shuffle)
+    blobs, table, roles = [], [], {}
     for role, parameters in parameters_by_role(model).items():
-        tensors = [parameter.detach().float() for parameter in parameters.values()]
-        if not all(bool((tensor.abs() < 65504).all()) for tensor in tensors):
+        if not all(bool((parameter.detach().abs() < 65504).all()) for parameter in parameters.values()):
             raise ValueError(f"weights of role {role.value} are not finite or too large for float16; training diverged")
-        blobs.append(compress(encode_role(tensors, rules[role].bits), config.coder))
-        count = sum(tensor.numel() for tensor in tensors)
+        entries = [stored.get(name, parameter.detach()) for name, parameter in parameters.items()]
+        blobs.append(encode_role(entries, layout))
+        count = sum(parameter.numel() for parameter in parameters.values())
         table.append({"role": role.value, "params": count, "bytes": len(blobs[-1]), "bits_per_weight": 8 * len(blobs[-1]) / count})
+        roles[role.value] = {"bits": [entry.bits if isinstance(entry, Stored) else 16 for entry in entries], "bytes": len(blobs[-1])}
+    corrected = {name: entry.factors for name, entry in stored.items() if entry.factors is not None}
+    lqer = {"names": list(corrected), "rank": 0, "group": 1, "bytes": 0}
+    if corrected:
+        first = next(iter(corrected.values()))
+        blobs.append(compress(encode_factors(list(corrected.values())), "zstd"))
+        lqer.update(rank=first.left.shape[1], group=first.group, bytes=len(blobs[-1]))
+        table.append({"role": "lqer", "params": 0, "bytes": len(blobs[-1]), "bits_per_weight": 0.0})
     header = {
         "settings": {name: getattr(config, name) for name in MODEL_SETTINGS},
-        "scheme": config.quant_scheme, "coder": config.coder,
-        "roles": {row["role"]: {"bits": rules[Role(row["role"])].bits, "bytes": row["bytes"]} for row in table},
-    }
+        "scheme": config.quant_scheme, "layout": list(layout), "step": step, "roles": roles, "lqer": lqer,
+    }  # fmt: skip
     coded_header = json.dumps(header, separators=(",", ":")).encode()
     body = ARTIFACT_MAGIC + struct.pack("<BI", ARTIFACT_VERSION, len(coded_header)) + coded_header + b"".join(blobs)
     table.append({"role": "header", "params": 0, "bytes": len(body) + DIGEST_BYTES - sum(map(len, blobs)), "bits_per_weight": 0.0})
-    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest(), table
+    return Packed(body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest(), table)
 
 
 def artifact_header(data: bytes, source: str) -> tuple[dict[str, Any], int]:
@@ -2691,13 +3606,15 @@ def artifact_header(data: bytes, source: str) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{source}: altered or truncated: the digest at its end does not match; copy it again from its run folder")
     try:
         header = json.loads(body[fixed : fixed + length])
-        if set(header["settings"]) != set(MODEL_SETTINGS) or set(header) != {"settings", "scheme", "coder", "roles"}:
+        if set(header["settings"]) != set(MODEL_SETTINGS) or set(header) != {"settings", "scheme", "layout", "step", "roles", "lqer"}:
             raise ValueError("its entries are not those that this version writes")
-        for name in ("coder", "scheme"):
-            known = SETTINGS["CODER" if name == "coder" else "QUANT_SCHEME"].metadata["choices"]
-            if header[name] not in known:
-                raise ValueError(f"{name} {header[name]!r} is not one of {' '.join(known)}")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        coder, code_order, byte_shuffle = header["layout"]
+        chosen = {"QUANT_SCHEME": header["scheme"], "CODER": coder, "CODE_ORDER": code_order, "BYTE_SHUFFLE": format_value(byte_shuffle)}
+        for name, value in chosen.items():
+            parse_value(name, value)
+        if not (isinstance(header["step"], float) and 0 <= header["step"] < 2**64):
+            raise ValueError(f"step {header['step']!r} is not one")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source}: not a valid artifact: its header cannot be read ({error})") from None
     return header, fixed + length
 
@@ -2718,25 +3635,47 @@ def read_artifact(data: bytes, config: Config, source: str, device: torch.device
     try:
         config = with_model_settings(config, header["settings"])
         with torch.device("meta"):
-            groups = parameters_by_role(GPT(config))
+            skeleton = GPT(config)
+        groups, quantised = parameters_by_role(skeleton), weight_parts(skeleton)
+        shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+        weights = sum(shape.numel() for shape in shapes.values())
+        if weights > min(MAX_WEIGHTS, MAX_WEIGHTS_PER_BYTE * len(data)):
+            raise ValueError(f"{len(data):,} bytes cannot hold the {weights:,} weights that its settings ask for")
         if set(header["roles"]) != {role.value for role in groups}:
             raise ValueError(f"it holds the roles {' '.join(header['roles'])}, and not those of its model")
-        weights: dict[str, Tensor] = {}
+        entries: dict[str, Tensor] = {}
         for role, parameters in groups.items():
-            bits, coded = header["roles"][role.value]["bits"], header["roles"][role.value]["bytes"]
-            shapes = [parameter.shape for parameter in parameters.values()]
-            if bits not in (*range(2, 9), 16) or raw_size(shapes, bits) > MAX_RAW_BYTES:
-                raise ValueError(f"role {role.value} asks for {bits} bits and {raw_size(shapes, 8):,} weights")
-            raw = decompress(data[offset : offset + coded], header["coder"], raw_size(shapes, bits))
-            weights.update(zip(parameters, decode_role(raw, shapes, bits), strict=True))
+            bits, coded = header["roles"][role.value]["bits"], take_count(header["roles"][role.value]["bytes"])
+            allowed = [(0, *WIDTHS) if name in quantised else (16,) for name in parameters]
+            if len(bits) != len(parameters) or not all(type(width) is int and width in known for width, known in zip(bits, allowed, strict=True)):
+                raise ValueError(f"role {role.value} has bits {bits}")
+            block, offset = data[offset : offset + coded], offset + coded
+            read = decode_role(block, [shapes[name] for name in parameters], bits, Layout(*header["layout"]), header["step"])
+            entries.update((name, entry.weight() if isinstance(entry, Stored) else entry) for name, entry in zip(parameters, read, strict=True))
+        lqer = header["lqer"]
+        if lqer["names"]:
+            corrected = [shapes[name] for name in lqer["names"] if name in quantised]
+            rank, group, coded = (take_count(lqer[key]) for key in ("rank", "group", "bytes"))
+            if len(set(lqer["names"])) != len(corrected) or not 0 < rank <= min(min(shape) for shape in corrected) or not group:
+                raise ValueError(f"its corrections are not possible ones: rank {rank}, groups of {group}, of {lqer['names']}")
+            raw = decompress(data[offset : offset + coded], "zstd", factor_bytes(corrected, rank, group))
+            for name, factors in zip(lqer["names"], decode_factors(raw, corrected, rank, group), strict=True):
+                entries[name] += factors.product()
             offset += coded
         if offset != len(data) - DIGEST_BYTES:
             raise ValueError(f"it holds {len(data) - DIGEST_BYTES - offset} bytes that no role claims")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: not a valid artifact: {error}") from None
     model = GPT(config, compute_dtype(config, torch.device(device))).to(device)
-    load_weights(model, weights)
+    load_weights(model, entries)
     return model
+
+
+def take_count(value: Any) -> int:
+    """Returns `value`, a count in a header. Raises ValueError when it is not one."""
+    if type(value) is not int or not 0 <= value < 2**32:
+        raise ValueError(f"{value!r} is not a count")
+    return value
 
 
 def pack_script(source: str) -> bytes:
@@ -2766,18 +3705,221 @@ def code_bytes(source: str) -> int:
     return int(globals().get("PACKED_BYTES") or len(pack_script(source)))
 
 
-def export(run: Run, model: GPT) -> dict[str, Any]:
-    """Writes `artifact.bin` and returns the `export` event (bytes in total and by role). Only rank 0 does the work; all return the same."""
-    event: dict[str, Any] = {}
-    if run.world.is_main:
-        began = time.perf_counter()
-        data, table = build_artifact(model, run.config)
-        atomic_write(run.folder / "artifact.bin", data)
-        code = code_bytes(run.source)
-        sizes = {"bytes_model": len(data), "bytes_code": code, "bytes_total": len(data) + code, "bytes_cap": run.config.bytes_cap}
-        event = {**sizes, "roles": table, "seconds": time.perf_counter() - began}
-        run.log.event("export", **event)
-    return run.world.from_main(event)
+# -- From trained weights to an artifact under the cap.
+
+
+def share_work(world: World, costs: Mapping[str, int], work: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns name -> work(name), shared out over ranks by cost and over threads within each; the same on every rank. Every rank must call it."""
+    loads, mine = [0] * world.size, []
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[name]
+        if rank == world.rank:
+            mine.append(name)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world.local_size)) as pool:
+        done = dict(zip(mine, pool.map(work, mine), strict=True))
+    return {name: value for share in world.gather_objects(done) for name, value in share.items()}
+
+
+def quantise(model: GPT, curvatures: Mapping[str, Curvature], world: World, scale: float = 1.0) -> dict[str, Stored]:
+    """Returns every weight on the grid of QUANT_SCHEME, any but `rate`, its clip factors times `scale`. 16-bit weights are left out."""
+    config, parts = model.config, {name: part for name, part in weight_parts(model).items() if part.bits < 16}
+    sigmas = adaptive_sigmas(parts, curvatures) if config.quant_scheme == "adaptive" else {name: part.clip_sigmas for name, part in parts.items()}
+
+    def work(name: str) -> tuple[Stored, float]:
+        part = parts[name]
+        weight, curvature = part.weight.detach(), curvatures.get(name)
+        if config.quant_scheme in ("rowmax", "gptq_lite"):
+            grid = part.grid()
+            codes = grid.round(weight)
+        else:
+            grid = part.grid() if part.is_frozen() else sdclip_grid(weight, part.bits, sigmas[name])
+            grid = row_grid(grid.row_step * (scale * grid.limit), part.bits)
+            codes = assign_gptq(weight, grid, curvature.inputs if curvature else None, config.gptq_damping)
+        missed = float((grid.dequantise(codes) - weight).square().sum())
+        return Stored(codes.to(torch.int16).cpu().numpy(), Grid(grid.row_step.cpu(), grid.column_step.cpu(), grid.limit), part.bits), missed
+
+    done = share_work(world, {name: part.weight.numel() for name, part in parts.items()}, work)
+    stored = {name: done[name][0] for name in parts}
+    if config.lqer_rank and config.quant_scheme in ("gptq_lite", "gptq", "adaptive"):
+        worst = sorted(parts, key=lambda name: -done[name][1])[: config.lqer_top_k]
+        rank = min(config.lqer_rank, *(min(parts[name].weight.shape) for name in worst))
+        for name in worst:
+            error = parts[name].weight.detach().cpu() - stored[name].weight()
+            stored[name] = stored[name]._replace(factors=lqer_factors(error, rank, config))
+    return stored
+
+
+def quantise_rate(model: GPT, allocations: Mapping[str, Allocation], step: float, world: World) -> dict[str, Stored]:
+    """Returns every weight on the grid of `rate` for a global step."""
+    parts = weight_parts(model)
+
+    def work(name: str) -> Stored:
+        weight = parts[name].weight.detach()
+        allocation = allocations[name].reaching(weight, step)
+        grid = allocation.grid(step)
+        return Stored(assign_two_sided(weight, grid, allocation, 8), grid, 0, 8, (allocation.row_exponents, allocation.column_exponents))
+
+    return share_work(world, {name: part.weight.numel() * len(part.weight) for name, part in parts.items()}, work)
+
+
+# Rate control aims at the first share of the byte budget and is content from the second on.
+AIMED_SHARE, CONTENT_SHARE, MOST_PASSES = 0.9985, 0.9972, 6
+HELD_OUT_TOKENS = 65536
+
+
+def fill_budget(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: Run) -> Packed:
+    """Returns the `rate` artifact that fills `budget` bytes, or the finest useful one. Every rank must call it.
+
+    The global step is found on a forecast from the sizes of rows and columns, then corrected by what each pass really took. A model that was trained
+    on frozen steps stays on them if it fits that way; otherwise their ratios stay.
+    """
+    if model.frozen_step and (nearest := fill_frozen(model, budget, run)) is not None:
+        return nearest
+    step, allocations, counts, finest = plan_rate(model, curvatures, int(AIMED_SHARE * budget))
+    step = run.world.from_main(step)
+    best: Packed | None = None
+    for number in range(1, MOST_PASSES + 1):
+        stored = quantise_rate(model, allocations, step, run.world)
+        packed = run.world.from_main(pack(model, stored, step) if run.world.is_main else None)
+        size = len(packed.data)
+        run.log.note(f"rate, pass {number}: global step {step:.4g}{', the finest of use' * (step <= finest)}: {size:,} bytes, budget {budget:,}")
+        if best is None or (size <= budget, -abs(budget - size)) > (len(best.data) <= budget, -abs(budget - len(best.data))):
+            best = packed
+        if CONTENT_SHARE * budget <= size <= budget or (size <= budget and step <= 1.001 * finest):
+            break
+        step = run.world.from_main(max(find_step(counts, forecast_bits(counts, step) + 8 * (AIMED_SHARE * budget - size)), finest))
+    assert best is not None
+    if len(best.data) > budget:
+        fitting = int(8 * budget / 1.5)
+        run.log.note(f"{int(counts.sum()):,} weights do not fit {budget:,} bytes at any step; at 1.5 bits each {fitting:,} would: --plan says what to shrink")
+    return best
+
+
+def fill_frozen(model: GPT, budget: int, run: Run) -> Packed | None:
+    """Returns the `rate` artifact on the very grid that training has seen, every weight at its nearest point, or None where that cannot fit `budget`.
+
+    Feedback and the trellis would leave the points that the loss was trained for: at 2.3 bits per weight they cost 0.012 nats (n = 1). Where it is over
+    budget, weights close to the middle between two points go to the smaller one; how close is the one number to find.
+    """
+    parts = weight_parts(model)
+
+    def at(bias: float) -> Packed:
+        stored = {}
+        for name, part in parts.items():
+            grid = part.grid()
+            codes = grid.round_towards_zero(part.weight.detach(), bias).to(torch.int16).cpu().numpy()
+            cpu_grid = grid._replace(row_step=grid.row_step.cpu(), column_step=grid.column_step.cpu())
+            stored[name] = Stored(codes, cpu_grid, 0, 1, frozen_exponents(part, model.frozen_step))
+        packed = run.world.from_main(pack(model, stored, model.frozen_step) if run.world.is_main else None)
+        run.log.note(f"rate: steps as trained, {bias:.3f} of a step towards zero: {len(packed.data):,} bytes, budget {budget:,}")
+        return packed
+
+    packed = at(0.0)
+    if len(packed.data) <= budget:
+        return packed
+    over, (fits, best) = (0.0, len(packed.data)), (0.1, at(0.1))
+    if len(best.data) > budget:
+        return None
+    for _ in range(MOST_PASSES):
+        if len(best.data) >= CONTENT_SHARE * budget:
+            break
+        bias = over[0] + (fits - over[0]) * (over[1] - AIMED_SHARE * budget) / (over[1] - len(best.data))
+        packed = at(bias)
+        if len(packed.data) <= budget:
+            fits, best = bias, packed
+        else:
+            over = (bias, len(packed.data))
+    return best
+
+
+def fit_clip(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: Run) -> Packed:
+    """Returns the artifact of `gptq` or `adaptive`, all clip factors scaled by the least factor (1 or more, to 1%) at which it fits `budget` bytes."""
+    weights = sum(part.weight.numel() for part in weight_parts(model).values())
+
+    def at(scale: float) -> Packed:
+        stored = quantise(model, curvatures, run.world, scale)
+        packed = run.world.from_main(pack(model, stored, 0.0) if run.world.is_main else None)
+        if scale > 1 or len(packed.data) > budget:
+            run.log.note(f"{model.config.quant_scheme}: clip factors times {scale:.4f}: {len(packed.data):,} bytes, budget {budget:,}")
+        return packed
+
+    scale = 1.0
+    packed = best = at(scale)
+    for _ in range(2 * MOST_PASSES):
+        if len(packed.data) <= budget and (scale == 1 or len(packed.data) >= 0.99 * budget):
+            break
+        scale = max(scale * 2 ** (8 * (len(packed.data) - 0.996 * budget) / weights), 1.0)
+        packed = at(scale)
+        sizes = len(packed.data), len(best.data)
+        if (sizes[0] <= budget, -abs(budget - sizes[0])) > (sizes[1] <= budget, -abs(budget - sizes[1])):
+            best = packed
+    return best
+
+
+def divergence(model: GPT, other: GPT, rows: Tensor, world: World) -> tuple[float, float]:
+    """Returns (KL divergence from `model` to `other`, how much higher the loss of `other` is), nats per token, on rows (B, T + 1) over all ranks."""
+    phase = replace(Schedule(model.config).scored_phase, seq_len=rows.shape[1] - 1)
+    totals = torch.zeros(3, dtype=torch.float64)
+    with torch.inference_mode():
+        for part in rows.split(max(model.config.micro_batch_tokens // (4 * phase.seq_len), 1)):
+            mine, theirs = (F.log_softmax(network.logits(part[:, :-1], phase), dim=-1) for network in (model, other))
+            gap = mine - theirs
+            kl, change = (mine.exp() * gap).sum(dtype=torch.float64), gap.gather(2, part[:, 1:, None]).sum(dtype=torch.float64)
+            totals += torch.tensor([float(kl), float(change), float(part[:, 1:].numel())], dtype=torch.float64)
+    total_kl, total_change, count = world.sum_float64(totals.tolist())
+    return total_kl / count, total_change / count
+
+
+def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping[str, Curvature]) -> dict[str, Any]:
+    """Writes `artifact.bin` and returns the `export` event (bytes in total and by role, what quantisation cost). Every rank must call it.
+
+    `rate` is measured on training text that no step has seen against `gptq` at the same bytes, and the better of the two is written.
+    """
+    config, world, began = model.config, run.world, time.perf_counter()
+    code = world.from_main(code_bytes(run.source) if world.is_main else 0)
+    budget = max(config.bytes_cap - code, 1)
+    rows = None
+    if loader is not None:
+        count = -(-HELD_OUT_TOKENS // (config.train_seq_len * world.size)) * world.size
+        rows = loader.next_rows(count, config.train_seq_len, world)
+
+    def cost(packed: Packed) -> dict[str, float]:
+        if rows is None:
+            return {}
+        kl, change = divergence(model, read_artifact(packed.data, config, "the artifact", world.device), rows, world)
+        return {"kl": kl, "loss_change": change}
+
+    scheme = config.quant_scheme
+    if scheme == "rate":
+        packed = fill_budget(model, curvatures, budget, run)
+        costs = cost(packed)
+        plain = GPT(replace(config, quant_scheme="gptq", qat_start_frac=1.0), model.dtype).to(world.device)
+        load_weights(plain, dict(model.named_parameters()))
+        fallback = fit_clip(plain, curvatures, len(packed.data), run)
+        plain_costs = cost(fallback)
+        run.log.note(
+            f"on held-out training text rate costs {costs['loss_change']:+.5f} nats (KL {costs['kl']:.5f}), "
+            f"gptq in {len(fallback.data):,} bytes {plain_costs['loss_change']:+.5f} (KL {plain_costs['kl']:.5f})"
+        )
+        measure = "loss_change" if model.frozen_step else "kl"  # weights that were trained on a grid are not what their points should imitate
+        if plain_costs[measure] < costs[measure] and len(fallback.data) <= len(packed.data):
+            run.log.note("rate lost to gptq on this model, so the artifact is gptq's; please report it")
+            packed, costs, scheme = fallback, plain_costs, "gptq"
+    elif scheme in ("gptq", "adaptive"):
+        packed = fit_clip(model, curvatures, budget, run)
+        costs = cost(packed)
+    else:
+        stored = quantise(model, curvatures, world)
+        packed = world.from_main(pack(model, stored, 0.0) if world.is_main else None)
+        costs = cost(packed)
+    if world.is_main:
+        atomic_write(run.folder / "artifact.bin", packed.data)
+    total = len(packed.data) + code
+    sizes = {"bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap}
+    event = {**sizes, "scheme": scheme, "coder": config.coder, **costs, "roles": packed.table, "seconds": time.perf_counter() - began}
+    run.log.event("export", **event)
+    return event
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -2845,6 +3987,7 @@ def evaluate(run: Run, forward: Callable[..., Tensor], val: ValData, name: str, 
 # Owns the order of a run, the run folder, the budget calculator and the exit codes: 0 done, 1 failed, 2 bad settings, 3 over the cap,
 # 128 + signal stopped.
 
+FINEST_BITS = 8.0  # about what `rate` takes per weight at its finest step
 H100_PEAK_FLOPS = 989e12
 PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, from its log
 
@@ -2854,20 +3997,45 @@ def matrix_weights(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
 
 
+def predicted_table(model: GPT, config: Config, code: int) -> tuple[list[dict[str, Any]], float]:
+    """Returns the predicted bytes by role, and the scale of the clip factors at which `gptq` and `adaptive` fit the cap. `code` is the script's bytes."""
+    parts, calibrated = weight_parts(model), config.quant_scheme in ("gptq", "adaptive")
+    weights = sum(part.weight.numel() for part in parts.values())
+    # `rate` takes what the cap leaves, down to steps too fine to matter.
+    rate_bits = (8 * AIMED_SHARE * (config.bytes_cap - code) - overhead_bits(model)) / weights
+    rate_bits = max(min(rate_bits, FINEST_BITS), 0.0)
+
+    def bits(name: str, parameter: nn.Parameter, clip_scale: float) -> float:
+        if name not in parts:
+            return 16.0 * parameter.numel()
+        part, (rows, columns) = parts[name], parameter.shape
+        if config.quant_scheme == "rate":
+            return parameter.numel() * rate_bits + 7 * (rows + columns)
+        return parameter.numel() * predicted_bits_per_weight(config.quant_scheme, part.bits, columns, clip_scale * part.clip_sigmas)
+
+    clip_scale = 1.0
+    while True:
+        table = []
+        for role, parameters in parameters_by_role(model).items():
+            count = sum(parameter.numel() for parameter in parameters.values())
+            total = sum(bits(name, parameter, clip_scale) for name, parameter in parameters.items())
+            table.append({"role": role.value, "params": count, "bits": round(total / count, 2), "predicted_bytes": round(total / 8)})
+        excess = sum(int(row["predicted_bytes"]) for row in table) + code - config.bytes_cap
+        if excess <= 0 or not calibrated or clip_scale > 100:
+            return table, clip_scale
+        clip_scale *= 2 ** (8 * (excess + 0.001 * config.bytes_cap) / weights)
+
+
 def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     """Returns what a configuration costs, without allocating it: parameters, layer orders, FLOPs, predicted bytes, time."""
     with torch.device("meta"):
         model = GPT(config)
-    rules = role_rules(config)
-    table = []
-    for role, parameters in parameters_by_role(model).items():
-        count = sum(parameter.numel() for parameter in parameters.values())
-        bits = sum(p.numel() * predicted_bits_per_weight(rules[role].bits, p.shape[-1]) for p in parameters.values())
-        table.append({"role": role.value, "params": count, "bits": rules[role].bits, "predicted_bytes": round(bits / 8)})
     code = code_bytes(source)
+    table, clip_scale = predicted_table(model, config, code)
+    total = sum(int(row["predicted_bytes"]) for row in table) + code
     phases = []
-    head = [] if model.head else [part.weight.numel() for part in model.embedding.modules() if isinstance(part, Table | Linear)]
-    outside = matrix_weights(model) - matrix_weights(model.blocks) + sum(head)
+    tied = sum(part.weight.numel() for part in model.embedding.modules() if isinstance(part, Weight)) if config.tie_embeddings else 0
+    outside = matrix_weights(model) - matrix_weights(model.blocks) + tied
     for phase in Schedule(config).phases():
         matrices = outside + sum(matrix_weights(model.blocks[layer]) for layer in phase.order)
         attention = 2 * len(phase.order) * config.model_dim * (phase.seq_len + 1) // 2  # multiply-adds of scores and mix, mean causal context
@@ -2875,21 +4043,49 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
         seconds = 3 * forward * phase.batch_tokens / (ranks * H100_PEAK_FLOPS * PUBLIC_MFU)
         steps = min(config.iterations, int(config.max_wallclock_seconds / seconds)) if config.max_wallclock_seconds else config.iterations
         phases.append({**asdict(phase), "train_flops_per_token": 3 * forward, "estimated_step_ms": 1000 * seconds, "estimated_steps": steps})
-    total = sum(int(row["predicted_bytes"]) for row in table) + code
     return {
         "preset": config.preset, "params": sum(row["params"] for row in table), "roles": table, "phases": phases,
         "predicted_bytes_code": code, "predicted_bytes_total": total, "bytes_cap": config.bytes_cap, "fits": total <= config.bytes_cap,
-        "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak",
+        "clip_scale": clip_scale,
+        "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak", "fitting": what_fits(config, config.bytes_cap - code),
     }
+
+
+def what_fits(config: Config, budget: int) -> list[dict[str, float]]:
+    """Returns, for several bits per weight, the largest NUM_LAYERS, MLP_MULT and VOCAB_SIZE that `budget` bytes hold, the others as they are."""
+
+    def bits(name: str, value: float, bits_per_weight: float) -> float:
+        with torch.device("meta"):
+            model = GPT(replace(config, **{name: value}))  # type: ignore[arg-type]
+        return bits_per_weight * sum(part.weight.numel() for part in weight_parts(model).values()) + overhead_bits(model)
+
+    units = {"num_layers": 1, "mlp_mult": (1.5 if config.swiglu else 1) / config.model_dim, "vocab_size": 64}
+    table = []
+    for bits_per_weight in (2.0, 2.5, 3.0, 3.5):
+        row = {"bits_per_weight": bits_per_weight}
+        for name, unit in units.items():
+            start, low, high = getattr(config, name), SETTINGS[name.upper()].metadata["low"], SETTINGS[name.upper()].metadata["high"]
+            fewest, most = -int((start - low) // unit), int((high - start) // unit)  # steps of one unit from the value as it is
+            while fewest < most:
+                middle = (fewest + most + 1) // 2
+                fits = bits(name, start + middle * unit, bits_per_weight) <= 8 * budget
+                fewest, most = (middle, most) if fits else (fewest, middle - 1)
+            row[name] = start + fewest * unit
+        table.append(row)
+    return table
 
 
 def plan_text(planned: Mapping[str, Any]) -> str:
     """Returns the budget for people."""
     lines = [f"preset {planned['preset']}: {planned['params']:,} parameters"]
-    lines += [f"  {row['role']:<8} {row['params']:>12,} weights at {row['bits']:>2} bits  {row['predicted_bytes']:>12,} bytes" for row in planned["roles"]]
-    lines.append(f"  {'code':<8} {'':>31} {planned['predicted_bytes_code']:>12,} bytes")
+    lines += [f"  {row['role']:<9} {row['params']:>12,} weights at {row['bits']:>5.2f} bits  {row['predicted_bytes']:>12,} bytes" for row in planned["roles"]]
+    lines.append(f"  {'code':<9} {'':>34} {planned['predicted_bytes_code']:>12,} bytes")
     verdict = "fits" if planned["fits"] else "does NOT fit"
-    lines.append(f"predicted total {planned['predicted_bytes_total']:,} bytes {verdict} BYTES_CAP={planned['bytes_cap']:,}")
+    widened = f", clip factors times {planned['clip_scale']:.3f}" if planned["clip_scale"] > 1 else ""
+    lines.append(f"predicted total {planned['predicted_bytes_total']:,} bytes {verdict} BYTES_CAP={planned['bytes_cap']:,}{widened}")
+    for row in planned["fitting"]:
+        sizes = f"NUM_LAYERS={row['num_layers']} or MLP_MULT={row['mlp_mult']:.2f} or VOCAB_SIZE={row['vocab_size']}"
+        lines.append(f"  at {row['bits_per_weight']} bits a weight it would be filled by {sizes}")
     for phase in planned["phases"]:
         order = ",".join(map(str, phase["order"]))
         lines.append(f"layers {order}  {phase['seq_len']} tokens a row  qat {int(phase['qat'])}: {phase['train_flops_per_token'] / 1e6:,.1f} MFLOP per token")
@@ -2979,11 +4175,11 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     if not config.run_id:
         config = replace(config, run_id=world.from_main(f"{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"))
     config, checkpoint, artifact = stage_inputs(config)
-    loader = None
     if "train" in stages:
         for phase in Schedule(config).phases():
             rows_per_forward(config, phase, world.size)  # refuses a batch that the ranks cannot share
-        loader = TrainLoader(config)
+    calibrated = "export" in stages and config.quant_scheme in CALIBRATED_SCHEMES
+    loader = TrainLoader(config) if "train" in stages or calibrated else None
     val = load_val(config) if stages != ["export"] else None
 
     torch.manual_seed(config.seed)
@@ -2994,13 +4190,19 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}
+    curvatures: Mapping[str, Curvature] = {}
     try:
-        if loader is not None and val is not None:
+        if "train" in stages and loader is not None and val is not None:
             trained = Trainer(run, model, loader, lambda forward, phase: evaluate(run, forward, val, "chunked", phase)).train()
+            curvatures = trained.curvatures
         elif checkpoint is not None:
             load_weights(model, checkpoint["state"]["model"])
+            load_grids(model, checkpoint["state"]["grids"])
+            if calibrated and loader is not None:
+                loader.state = dict(checkpoint["state"]["loader"])
+                curvatures = calibrate(model, Schedule(config).scored_phase, loader, world, gradients=config.quant_scheme == "rate")
         if "export" in stages:
-            sizes = export(run, model)
+            sizes = export(run, model, loader if calibrated else None, curvatures)
             artifact = world.from_main((run.folder / "artifact.bin").read_bytes() if world.is_main else b"")
         if "eval" in stages and val is not None:
             scores = score_artifact(run, artifact, val)

@@ -82,6 +82,7 @@ def small_config(**settings: Any) -> train_gpt.Config:
     base = {
         "vocab_size": 24, "num_layers": 4, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 2, "logit_softcap": 5.0,
         "train_seq_len": 16, "train_batch_tokens": 64, "micro_batch_tokens": 64, "eval_stride": 8, "compile": False, "device": "cpu",
+        "quant_scheme": "rowmax", "coder": "zlib",
     }  # fmt: skip
     config = train_gpt.Config(**{**base, **settings})
     assert train_gpt.validate(config) == []

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import lively_model, small_config
@@ -415,9 +416,9 @@ def test_routes_start_with_both_outputs_in_both_lanes() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_factored_embedding_equals_the_full_table_of_its_product(tied: bool) -> None:
     thin, full = (lively_model(small_config(embed_rank=rank, tie_embeddings=tied)) for rank in (5, 0))
-    state = thin.state_dict()
-    state["embedding.table.weight"] = state["embedding.table.weight"] @ state.pop("embedding.widen.weight").T
-    full.load_state_dict(state)
+    weights = {name: parameter.detach() for name, parameter in thin.named_parameters()}
+    weights["embedding.table.weight"] = weights["embedding.table.weight"] @ weights.pop("embedding.widen.weight").T
+    train_gpt.load_weights(full, weights)
     rows = random_rows(thin.config)
     torch.testing.assert_close(losses_of(thin, rows), losses_of(full, rows), rtol=0, atol=1e-12)
     assert thin.embedding.table.weight.shape == (24, 5)
@@ -594,6 +595,8 @@ def test_the_loop_embedding_starts_as_nothing() -> None:
 SIZES = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "bigram_hash_dim", "value_embed_dim"}
 # Switches of the initial weights, which the config has among the settings of training.
 STARTS = {"qk_gain_init", "matrix_init", "tied_embed_init_std"}
+# Switches of the grids that QAT computes with; test_roles.py tries the others of these.
+GRIDS = {"quant_scheme", "matrix_bits", "mlp_bits", "embed_bits", "layer_bits", "qat_loop_noise"}
 # In which of EVERYTHING a switch is tried, and the value it has instead.
 SWITCHES: list[tuple[str, str, Any]] = [
     ("lanes", "bos_id", 2), ("lanes", "leaky_relu_slope", 0.0), ("gptj", "swiglu", False), ("gptj", "tie_embeddings", True), ("lanes", "embed_rank", 0),
@@ -608,14 +611,19 @@ SWITCHES: list[tuple[str, str, Any]] = [
     ("lanes", "num_loops", 2), ("lanes", "loop_start", 2),
     ("lanes", "loop_end", 1), ("gptj", "enable_looping_at", 0.9), ("lanes", "loop_embedding", False), ("gptj", "logit_softcap", 3.0),
     ("lanes", "logit_softcap_negative", 0.0), ("lanes", "doc_mask", False), ("lanes", "matrix_bits", 4), ("gptj", "matrix_bits", 4),
-    ("lanes", "embed_bits", 4), ("gptj", "qk_gain_init", 3.0), ("gptj", "matrix_init", "uniform"), ("lanes", "tied_embed_init_std", 0.5),
+    ("lanes", "embed_bits", 4), ("gptj", "embed_bits", 16), ("lanes", "mlp_bits", 4), ("gptj", "layer_bits", "1-2:3"), ("lanes", "layer_bits", "4:16"),
+    ("lanes", "quant_scheme", "gptq"), ("lanes", "qat_loop_noise", 0.5),
+    ("gptj", "qk_gain_init", 3.0), ("gptj", "matrix_init", "uniform"), ("lanes", "tied_embed_init_std", 0.5),
 ]  # fmt: skip
 
 
 def test_the_list_of_switches_is_complete() -> None:
     names = [each.name for each in fields(Config)]
-    section = set(names[names.index("vocab_size") : names.index("embed_bits") + 1])
-    assert {switch for _, switch, _ in SWITCHES} == (section - SIZES) | STARTS
+    section = set(names[names.index("vocab_size") : names.index("doc_mask") + 1])
+    assert {switch for _, switch, _ in SWITCHES} == (section - SIZES) | STARTS | GRIDS
+    elsewhere = {"gptq_lite_scope", *(name for name in names if name.endswith("_clip_sigmas"))}
+    statistics = {"calibration_tokens", "bytes_cap"}  # they move frozen grids alone
+    assert set(train_gpt.GRID_SETTINGS) == GRIDS | elsewhere | statistics
     assert set(train_gpt.MODEL_SETTINGS) <= section | {"train_seq_len"}
     sets_weights = {"smeargate_init"}  # the artifact holds what became of it
     at_scoring = {"enable_looping_at", "rope_scaling"}  # all loops run then, and the length of rows is a matter of the evaluation
@@ -680,6 +688,9 @@ def test_every_parameter_of_a_preset_has_one_role_and_a_gradient_in_every_phase(
     by_role = train_gpt.parameters_by_role(model)
     assert sorted(name for group in by_role.values() for name in group) == sorted(names)
     rows = torch.randint(2, config.vocab_size, (2, 13), generator=torch.Generator().manual_seed(0))
+    for part in train_gpt.weight_parts(model).values():
+        if config.qat_start_frac < 1 and config.quant_scheme in train_gpt.FROZEN_SCHEMES:
+            part.freeze(train_gpt.rate_grid(0.01, *(np.zeros(side, np.int16) for side in part.weight.shape)))
     for phase in Schedule(config).phases():
         model.zero_grad(set_to_none=True)
         losses_of(model, rows, phase).sum().backward()

@@ -119,7 +119,7 @@ def test_the_score_is_that_of_the_artifact_whatever_was_trained(run_here: RunHer
     config = tiny(**settings)
     stranger = lively_model(config, torch.float32, seed=3)
     real = train_gpt.export
-    monkeypatch.setattr(train_gpt, "export", lambda run, model: real(run, stranger))
+    monkeypatch.setattr(train_gpt, "export", lambda run, model, *others: real(run, stranger, *others))
     ended = run_here(tmp_path, **settings)
     assert ended.code == 0, ended.errors
     result = Finished(tmp_path / "runs" / "run", Path(), "").result()

@@ -221,7 +221,7 @@ def test_softcap_bounds_large_logits_and_spares_small_ones(tied: bool) -> None:
         config = small_config(tie_embeddings=tied, logit_softcap=cap)
         model = lively_model(config)
         with torch.no_grad():
-            (model.embedding.table if model.head is None else model.head).weight.mul_(head_scale)
+            (model.embedding.table if tied else model.head).weight.mul_(head_scale)
             return model.logits(random_rows(config)[:, :-1], plain_phase(config))
 
     assert 2.9 < logits(3.0, 100.0).abs().max() <= 3.0

@@ -436,11 +436,16 @@ def test_the_taper_multiplies_weight_decay_and_nothing_else(kind: type, role: st
 
 
 @pytest.mark.parametrize(
-    ("setting", "roles"), [("muon_weight_decay", {"matrix"}), ("embed_weight_decay", {"embed", "table", "head"}), ("scalar_weight_decay", {"gain"})]
+    ("setting", "roles"),
+    [
+        ("muon_weight_decay", {"attention", "mlp", "matrix"}),
+        ("embed_weight_decay", {"embed", "table", "head"}),
+        ("scalar_weight_decay", {"gain"}),
+    ],
 )
 def test_each_weight_decay_reaches_its_roles_and_no_others(setting: str, roles: set[str]) -> None:
     """With zero gradients a weight shrinks by 1 - rate * decay a step."""
-    rates = {"embed": 0.5, "table": 0.4, "head": 0.3, "matrix": 0.2, "gain": 0.1}
+    rates = {"embed": 0.5, "table": 0.4, "head": 0.3, "attention": 0.2, "mlp": 0.2, "matrix": 0.2, "gain": 0.1}
     config = small_config(
         tie_embeddings=False, bigram_hash_buckets=8, bigram_hash_dim=4, value_embed_layers="1", value_embed_dim=4, **{setting: 0.7},
         embed_lr=rates["embed"], tied_embed_lr=rates["table"], head_lr=rates["head"], matrix_lr=rates["matrix"], scalar_lr=rates["gain"],
@@ -498,7 +503,7 @@ def test_each_parameter_is_in_one_group_of_its_kind(tied: bool) -> None:
     roles = train_gpt.parameter_roles(model)
     for group in optimizer.groups:
         assert len({roles[name] for name in group.names}) == 1
-        assert isinstance(group, MuonGroup) == (roles[group.names[0]] is train_gpt.Role.MATRIX)
+        assert isinstance(group, MuonGroup) == (roles[group.names[0]].value in ("attention", "mlp", "matrix"))
         assert all(parameter is model.get_parameter(name) for name, parameter in zip(group.names, group.parameters, strict=True))
     assert set(optimizer.state_dict()) == set(names)
 
