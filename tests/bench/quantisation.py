@@ -379,7 +379,8 @@ def write_page() -> None:
     table = {name: rows for name, rows in groups.items() if not name.startswith("curve") and "kl" in rows[0]}
     lines = [
         "# Quantisers and coders at equal bytes, on a CPU", "",
-        f"Written by `python tests/bench/quantisation.py --table`. Checkpoints: {', '.join(checkpoints)}. Mean ± standard deviation over checkpoints; n = how many.",
+        f"Written by `python tests/bench/quantisation.py --table`. Checkpoints: {', '.join(checkpoints)}.",
+        "Mean ± standard deviation over checkpoints; n = how many.",
         "KL and loss are in nats per token against the unquantised model, on the first 32,768 tokens of the validation split; the change of the loss has",
         "noise of some 0.0005, KL next to none.",
         "Proxy is tr(G E H E^T) / 2, what the curvature predicts; I is the inefficiency of the steps in bits per weight (see `inefficiency_bits`).", "",
@@ -401,7 +402,7 @@ def write_page() -> None:
     for row in groups.get("coded size against ideal adaptive code", []):
         pairs = [(scheme, row[f"{scheme}_coded"], row[f"{scheme}_ideal"]) for scheme in ("gptq", "rate")]
         shares = ", ".join(f"{scheme} {coded:,} against {ideal:,.0f} bytes ({100 * (coded / ideal - 1):+.2f}%)" for scheme, coded, ideal in pairs)
-        lines += ["", f"Coded by `range`, side information included, against the ideal adaptive code length of the same symbols, {row['checkpoint']}: {shares}."]
+        lines += ["", f"`range`, side information included, against the ideal adaptive code length of the same symbols, {row['checkpoint']}: {shares}."]
     curve: dict[str, list[tuple[float, list[Mapping[str, Any]]]]] = {name.split()[1]: [] for name in groups if name.startswith("curve")}
     for name, rows in groups.items():
         if name.startswith("curve"):
