@@ -4140,7 +4140,11 @@ def stage_inputs(config: Config) -> tuple[Config, dict[str, Any] | None, bytes]:
         config = with_model_settings(config, checkpoint["settings"])
     if stages == ["eval"]:
         artifact = Path(config.artifact).read_bytes()
-        config = with_model_settings(config, artifact_header(artifact, config.artifact)[0]["settings"])
+        header, _ = artifact_header(artifact, config.artifact)
+        try:
+            config = with_model_settings(config, header["settings"])
+        except ValueError as error:
+            raise ValueError(f"{config.artifact}: not a valid artifact: {'; '.join(str(error).splitlines())}") from None
     if config.scores_file and not Path(config.scores_file).parent.is_dir():
         raise ValueError(f"SCORES_FILE={config.scores_file}: there is no folder {Path(config.scores_file).parent}; make it first")
     return config, checkpoint, artifact
