@@ -278,7 +278,7 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         """Hidden width of the MLP."""
-        return int(self.mlp_mult * self.model_dim * (2 / 3 if self.swiglu else 1))
+        return round(self.mlp_mult * self.model_dim * (2 / 3 if self.swiglu else 1))
 
     @property
     def value_embed_layer_list(self) -> list[int]:
@@ -3783,10 +3783,11 @@ def fill_budget(model: GPT, curvatures: Mapping[str, Curvature], budget: int, ru
         stored = quantise_rate(model, allocations, step, run.world)
         packed = run.world.from_main(pack(model, stored, step) if run.world.is_main else None)
         size = len(packed.data)
-        run.log.note(f"rate, pass {number}: global step {step:.4g}{', the finest of use' * (step <= finest)}: {size:,} bytes, budget {budget:,}")
+        is_finest = step <= 1.001 * finest
+        run.log.note(f"rate, pass {number}: global step {step:.4g}{', the finest of use' * is_finest}: {size:,} bytes, budget {budget:,}")
         if best is None or (size <= budget, -abs(budget - size)) > (len(best.data) <= budget, -abs(budget - len(best.data))):
             best = packed
-        if CONTENT_SHARE * budget <= size <= budget or (size <= budget and step <= 1.001 * finest):
+        if size <= budget and (size >= CONTENT_SHARE * budget or is_finest):
             break
         step = run.world.from_main(max(find_step(counts, forecast_bits(counts, step) + 8 * (AIMED_SHARE * budget - size)), finest))
     assert best is not None
@@ -4054,23 +4055,23 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
 def what_fits(config: Config, budget: int) -> list[dict[str, float]]:
     """Returns, for several bits per weight, the largest NUM_LAYERS, MLP_MULT and VOCAB_SIZE that `budget` bytes hold, the others as they are."""
 
-    def bits(name: str, value: float, bits_per_weight: float) -> float:
+    def size(**changes: Any) -> tuple[int, float]:
         with torch.device("meta"):
-            model = GPT(replace(config, **{name: value}))  # type: ignore[arg-type]
-        return bits_per_weight * sum(part.weight.numel() for part in weight_parts(model).values()) + overhead_bits(model)
+            model = GPT(replace(config, **changes))
+        return sum(part.weight.numel() for part in weight_parts(model).values()), overhead_bits(model)
 
-    units = {"num_layers": 1, "mlp_mult": (1.5 if config.swiglu else 1) / config.model_dim, "vocab_size": 64}
+    # The size grows by as much with each unit.
+    units: dict[str, float] = {"num_layers": 1, "mlp_mult": (1.5 if config.swiglu else 1) / config.model_dim, "vocab_size": 64}
+    weights, overhead = size()
+    larger = {name: size(**{name: getattr(config, name) + unit}) for name, unit in units.items()}
     table = []
     for bits_per_weight in (2.0, 2.5, 3.0, 3.5):
-        row = {"bits_per_weight": bits_per_weight}
+        row, left = {"bits_per_weight": bits_per_weight}, 8 * budget - bits_per_weight * weights - overhead
         for name, unit in units.items():
-            start, low, high = getattr(config, name), SETTINGS[name.upper()].metadata["low"], SETTINGS[name.upper()].metadata["high"]
-            fewest, most = -int((start - low) // unit), int((high - start) // unit)  # steps of one unit from the value as it is
-            while fewest < most:
-                middle = (fewest + most + 1) // 2
-                fits = bits(name, start + middle * unit, bits_per_weight) <= 8 * budget
-                fewest, most = (middle, most) if fits else (fewest, middle - 1)
-            row[name] = start + fewest * unit
+            more_weights, more_overhead = larger[name]
+            grown = getattr(config, name) + unit * (left // (bits_per_weight * (more_weights - weights) + more_overhead - overhead))
+            limits = SETTINGS[name.upper()].metadata
+            row[name] = type(unit)(min(max(grown, limits["low"]), limits["high"]))
         table.append(row)
     return table
 

@@ -349,7 +349,7 @@ BROKEN_RULES = {
     "ROPE_DIMS=15": "ROPE_DIMS=15 must be even and at most 64",
     "ROPE_DIMS=66": "ROPE_DIMS=66 must be even and at most 64",
     "MODEL_DIM=8 ROPE_DIMS=0": "ROPE_DIMS=1 must be even and at most 1",
-    "MODEL_DIM=64 MLP_MULT=0.01": "MLP_MULT=0.01 leaves no hidden width at MODEL_DIM=64",
+    "MODEL_DIM=32 MLP_MULT=0.01": "MLP_MULT=0.01 leaves no hidden width at MODEL_DIM=32",
     "BOS_ID=1024": "BOS_ID=1024 must be below VOCAB_SIZE=1024",
     "SWIGLU=1 LEAKY_RELU_SLOPE=0.5": "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0",
     "INPUT_STAGES=bigram,norm": "INPUT_STAGES=bigram,norm: expected bigram, norm and smear in some order",
