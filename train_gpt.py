@@ -31,6 +31,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -2420,9 +2421,9 @@ def gram(x: Tensor) -> Tensor:
 def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gradients: bool) -> dict[str, Curvature]:
     """Returns the curvature around every weight, by parameter name, from the next CALIBRATION_TOKENS of training text over all ranks.
 
-    The forward is that of training, masks included. A layer that runs several times adds up its uses. Gradients are those of the loss on labels
-    that the model itself draws, so that G is the Fisher information. Without `gradients` there is no G, and nothing on tables that are only
-    looked up.
+    The forward is that of training, masks included. Each use of a layer that runs several times is measured alone, then `merge_uses`. Gradients
+    are those of the loss on labels that the model itself draws, so that G is the Fisher information. Without `gradients` there is no G, and nothing
+    on tables that are only looked up.
     """
     config, head = model.config, model.head
     num_rows = -(-config.calibration_tokens // (phase.seq_len * world.size)) * world.size
@@ -2434,10 +2435,14 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gr
     def add(name: str, use: str, side: str, value: Tensor) -> None:
         sums[name, use, side] = sums[name, use, side] + value if (name, use, side) in sums else value
 
+    calls: Counter[str] = Counter()  # of each weight in the current forward
+
     def on_multiply(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        add(name, "multiply", "inputs", gram(arguments[0]))
+        calls[name] += 1
+        use = f"multiply {calls[name]}"
+        add(name, use, "inputs", gram(arguments[0]))
         if gradients:
-            output.register_hook(lambda gradient: add(name, "multiply", "outputs", gram(gradient)))
+            output.register_hook(lambda gradient: add(name, use, "outputs", gram(gradient)))
 
     def on_lookup(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if gradients:
@@ -2461,6 +2466,7 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gr
     try:
         step = max(config.micro_batch_tokens // (4 * phase.seq_len), 1)
         for part, draw in zip(tokens.split(step), draws.split(step), strict=True):
+            calls.clear()
             with torch.set_grad_enabled(gradients):
                 logits = model.logits(part, phase)
             if gradients:
@@ -2479,14 +2485,18 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gr
 
 
 def merge_uses(uses: Sequence[Mapping[str, Tensor]]) -> Curvature | None:
-    """Returns one curvature for a weight that is used in several ways: H = sum of H_u tr(G_u), and G so that tr(H) tr(G) = sum of tr(H_u) tr(G_u)."""
-    pairs = [(use["inputs"], use.get("outputs")) for use in uses if "inputs" in use]
-    measured = [(h, g, float(h.trace()), float(g.sum() if g.dim() == 1 else g.trace())) for h, g in pairs if g is not None]
-    if len(measured) < 2:
-        return Curvature(*pairs[0]) if pairs else None
-    inputs = torch.stack([h * trace_g for h, _, _, trace_g in measured]).sum(dim=0)
-    outputs = torch.stack([g * trace_h for _, g, trace_h, _ in measured]).sum(dim=0)
-    return Curvature(inputs, outputs / inputs.trace().clamp_min(1e-30))
+    """Returns one curvature for a weight that is used in several ways: H = sum of H_u tr(G_u), and G so that tr(H) tr(G) = sum of tr(H_u) tr(G_u).
+
+    Without gradients H is the sum of H_u. Adding up H and G apart would count every pair of uses: R times too much for R equal ones.
+    """
+    inputs = [use["inputs"] for use in uses if "inputs" in use]
+    measured = [(use["inputs"], use["outputs"]) for use in uses if len(use) == 2]
+    if not measured or len(uses) == 1:
+        return Curvature(torch.stack(inputs).sum(dim=0), measured[0][1] if measured else None) if inputs else None
+    sizes = [(float(h.trace()), float(g.sum() if g.dim() == 1 else g.trace())) for h, g in measured]
+    total = torch.stack([h * size for (h, _), (_, size) in zip(measured, sizes, strict=True)]).sum(dim=0)
+    outputs = torch.stack([g * size for (_, g), (size, _) in zip(measured, sizes, strict=True)]).sum(dim=0)
+    return Curvature(total, outputs / total.trace().clamp_min(1e-30))
 
 
 def damped(matrix: Tensor, share: float) -> Tensor:

@@ -108,7 +108,8 @@ def uses_by_definition(model: train_gpt.GPT, rows: Tensor) -> dict[str, list[tup
         return after
 
     def multiply(part: Linear, x: Tensor, phase: Phase, *_: object) -> Tensor:
-        return note(names[part], "multiply", x, torch.einsum("bti,oi->bto", x, part.weight.double()))
+        use = f"multiply {sum(name == names[part] for name, _ in seen)}"
+        return note(names[part], use, x, torch.einsum("bti,oi->bto", x, part.weight.double()))
 
     def look_up(part: Table, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
         return note(names[part], "look up", index, part.weight.double()[index])
@@ -157,7 +158,7 @@ def same(measured: Tensor | None, expected: Tensor | None) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_curvature_is_the_sum_of_outer_products_over_tokens_and_uses(kind: str) -> None:
-    """Looped layers add up their uses; a table that is looked up and scores has one curvature of the right size."""
+    """A looped layer, and a table that is looked up and scores, has one curvature of the right size."""
     model, rows = calibrated_model(**MODELS[kind]), random_rows()
     expected = uses_by_definition(model, rows)
     measured = measure(model, rows)
@@ -175,18 +176,23 @@ def test_curvature_is_the_sum_of_outer_products_over_tokens_and_uses(kind: str) 
         same(outputs, torch.stack([g * size for (_, g), (size, _) in zip(uses, sizes, strict=True)]).sum(dim=0) / merged.trace())
         total = inputs.trace() * (outputs.sum() if outputs.dim() == 1 else outputs.trace())
         torch.testing.assert_close(total.double(), torch.stack([a * b for a, b in sizes]).sum(), rtol=1e-5, atol=0)
-    merged_ones = {name for name, uses in expected.items() if len(uses) > 1}
+    merged_ones = {name for name, uses in expected.items() if len(uses) > 1 and not name.startswith("blocks.")}
     assert merged_ones == {"tied": {"embedding.table.weight"}, "thin": {"embedding.table.weight", "embedding.widen.weight"}, "untied": set()}[kind]
+    looped = {name.split(".")[1] for name, uses in expected.items() if len(uses) > 1 and name.startswith("blocks.")}
+    assert looped == {"tied": set(), "thin": {"1", "2"}, "untied": {"1"}}[kind]
 
 
-def test_without_gradients_the_inputs_are_the_same_and_there_is_nothing_else() -> None:
-    model, rows = calibrated_model(**MODELS["tied"]), random_rows()
+@pytest.mark.parametrize("kind", MODELS)
+def test_without_gradients_inputs_add_up_over_uses_and_there_is_nothing_else(kind: str) -> None:
+    model, rows = calibrated_model(**MODELS[kind]), random_rows()
     uses, plain = uses_by_definition(model, rows), measure(model, rows, gradients=False)
     looked_up = {name for name, part in weight_parts(model).items() if isinstance(part, Table)}
-    assert set(plain) == set(uses) - looked_up | {"embedding.table.weight"}
+    assert set(plain) == set(uses) - looked_up | ({"embedding.table.weight"} if model.config.tie_embeddings else set())
     for name, curvature in plain.items():
         assert curvature.outputs is None
-        same(curvature.inputs, uses[name][-1][0])  # of an embedding: the use as the head
+        # Of an embedding, only what is multiplied: the table as the head, the factor as it widens rows.
+        kept = {"embedding.table.weight": uses[name][-1:], "embedding.widen.weight": uses[name][:1]}.get(name, uses[name])
+        same(curvature.inputs, torch.stack([h for h, _ in kept]).sum(dim=0))
 
 
 def test_the_expected_curvature_is_the_fisher_information() -> None:
