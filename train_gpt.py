@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py     eight GPUs
     python train_gpt.py --help | --plan [--json]              every setting | what a configuration costs, before it runs
 
-The order of the file is the order of a run: config, runtime, data, schedule, roles and grids, model, optimiser, training, artifact,
-evaluation, main. The score is always computed from what was read back from the artifact.
+The order of the file is the order of a run: config, runtime, data, schedule, roles and grids, model, optimiser, quantisation, training,
+artifact, evaluation, main. The score is always computed from what was read back from the artifact.
 
 Shape letters: B batch rows, T positions in a row, D model width, H query heads, K key/value heads, C head width, V vocabulary, N tokens.
 """
@@ -3868,6 +3868,35 @@ def fit_clip(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: 
     return best
 
 
+def predicted_table(model: GPT, config: Config, code: int) -> tuple[list[dict[str, Any]], float]:
+    """Returns the predicted bytes by role, and the scale of the clip factors at which `gptq` and `adaptive` fit the cap. `code` is the script's bytes."""
+    parts, calibrated = weight_parts(model), config.quant_scheme in ("gptq", "adaptive")
+    weights = sum(part.weight.numel() for part in parts.values())
+    # `rate` takes what the cap leaves, down to steps too fine to matter.
+    rate_bits = (8 * AIMED_SHARE * (config.bytes_cap - code) - overhead_bits(model)) / weights
+    rate_bits = max(min(rate_bits, FINEST_BITS), 0.0)
+
+    def bits(name: str, parameter: nn.Parameter, clip_scale: float) -> float:
+        if name not in parts:
+            return 16.0 * parameter.numel()
+        part, (rows, columns) = parts[name], parameter.shape
+        if config.quant_scheme == "rate":
+            return parameter.numel() * rate_bits + 7 * (rows + columns)
+        return parameter.numel() * predicted_bits_per_weight(config.quant_scheme, part.bits, columns, clip_scale * part.clip_sigmas)
+
+    clip_scale = 1.0
+    while True:
+        table = []
+        for role, parameters in parameters_by_role(model).items():
+            count = sum(parameter.numel() for parameter in parameters.values())
+            total = sum(bits(name, parameter, clip_scale) for name, parameter in parameters.items())
+            table.append({"role": role.value, "params": count, "bits": round(total / count, 2), "predicted_bytes": round(total / 8)})
+        excess = sum(int(row["predicted_bytes"]) for row in table) + code - config.bytes_cap
+        if excess <= 0 or not calibrated or clip_scale > 100:
+            return table, clip_scale
+        clip_scale *= 2 ** (8 * (excess + 0.001 * config.bytes_cap) / weights)
+
+
 def divergence(model: GPT, other: GPT, rows: Tensor, world: World) -> tuple[float, float]:
     """Returns (KL divergence from `model` to `other`, how much higher the loss of `other` is), nats per token, on rows (B, T + 1) over all ranks."""
     phase = replace(Schedule(model.config).scored_phase, seq_len=rows.shape[1] - 1)
@@ -3927,7 +3956,11 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     if world.is_main:
         atomic_write(run.folder / "artifact.bin", packed.data)
     total = len(packed.data) + code
-    sizes = {"bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap}
+    predicted = code + sum(int(row["predicted_bytes"]) for row in predicted_table(model, config, code)[0])
+    run.log.note(f"--plan predicted {predicted:,} bytes, {predicted / total - 1:+.2%} of what it came to")
+    sizes = {
+        "bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap, "bytes_predicted": predicted,
+    }  # fmt: skip
     event = {**sizes, "scheme": scheme, "coder": config.coder, **costs, "roles": packed.table, "seconds": time.perf_counter() - began}
     run.log.event("export", **event)
     return event
@@ -4006,35 +4039,6 @@ PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, fr
 def matrix_weights(module: nn.Module) -> int:
     """Returns how many weights of `module` every token is multiplied with: those of its matrices."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
-
-
-def predicted_table(model: GPT, config: Config, code: int) -> tuple[list[dict[str, Any]], float]:
-    """Returns the predicted bytes by role, and the scale of the clip factors at which `gptq` and `adaptive` fit the cap. `code` is the script's bytes."""
-    parts, calibrated = weight_parts(model), config.quant_scheme in ("gptq", "adaptive")
-    weights = sum(part.weight.numel() for part in parts.values())
-    # `rate` takes what the cap leaves, down to steps too fine to matter.
-    rate_bits = (8 * AIMED_SHARE * (config.bytes_cap - code) - overhead_bits(model)) / weights
-    rate_bits = max(min(rate_bits, FINEST_BITS), 0.0)
-
-    def bits(name: str, parameter: nn.Parameter, clip_scale: float) -> float:
-        if name not in parts:
-            return 16.0 * parameter.numel()
-        part, (rows, columns) = parts[name], parameter.shape
-        if config.quant_scheme == "rate":
-            return parameter.numel() * rate_bits + 7 * (rows + columns)
-        return parameter.numel() * predicted_bits_per_weight(config.quant_scheme, part.bits, columns, clip_scale * part.clip_sigmas)
-
-    clip_scale = 1.0
-    while True:
-        table = []
-        for role, parameters in parameters_by_role(model).items():
-            count = sum(parameter.numel() for parameter in parameters.values())
-            total = sum(bits(name, parameter, clip_scale) for name, parameter in parameters.items())
-            table.append({"role": role.value, "params": count, "bits": round(total / count, 2), "predicted_bytes": round(total / 8)})
-        excess = sum(int(row["predicted_bytes"]) for row in table) + code - config.bytes_cap
-        if excess <= 0 or not calibrated or clip_scale > 100:
-            return table, clip_scale
-        clip_scale *= 2 ** (8 * (excess + 0.001 * config.bytes_cap) / weights)
 
 
 def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
