@@ -100,6 +100,14 @@ def parse_layers(text: str) -> list[int]:
     return [int(layer) for layer in layers]
 
 
+def parse_projections(text: str) -> list[str]:
+    """Returns the projections in "q,v". Raises ValueError on other text."""
+    names, known = text.split(","), ("q", "k", "v", "out", "up", "gate", "down", "head")
+    if not set(names) <= set(known) or len(set(names)) < len(names):
+        raise ValueError(f"expected some of {','.join(known)}, each once")
+    return names
+
+
 def parse_layer_bits(text: str) -> dict[int, int]:
     """Returns layer -> bits for "0-2:8,10:8"; {} for "". Raises ValueError on other text."""
     bits: dict[int, int] = {}
@@ -266,10 +274,40 @@ class Config:
     # evaluation
     val_batch_size: int = setting(524288, "tokens per forward pass of an evaluation, over all ranks", low=1)
     val_loss_every: int = setting(1000, "steps between validations; 0 = only after the last step", low=0)
-    final_eval: str = setting("sliding", "evaluation that gives the run's score", choices=("chunked", "sliding"))
+    final_eval: str = setting(
+        "sliding",
+        "evaluation that gives the score: sliding = windows; ttt_sgd, ttt_lora, ttt_phased = and learning from what has been scored (whole model, a LoRA"
+        " per document, both)",
+        choices=("chunked", "sliding", "ttt_sgd", "ttt_lora", "ttt_phased"),
+    )
     eval_seq_len: int = setting(0, "context of an evaluation in tokens; 0 = TRAIN_SEQ_LEN", low=0)
-    eval_stride: int = setting(64, "sliding evaluation: targets scored per window", low=1)
+    eval_stride: int = setting(64, "targets scored per window, where a document is longer than a window", low=1)
+    eval_seconds: float = setting(0.0, "adaptation ends in time for the evaluation to take no longer than this; 0 = no limit", low=0)
+    eval_softcap: float = setting(0.0, "LOGIT_SOFTCAP of evaluations; 0 = the model's", low=0)
+    eval_softcap_negative: float = setting(0.0, "LOGIT_SOFTCAP_NEGATIVE of evaluations; 0 = the model's", low=0)
+    tilt_boost: float = setting(0.0, "token tilt: nats by which a hinted token is raised; 0 = off", low=0, high=20)
+    tilt_order: int = setting(8, "token tilt: tokens of context that a hint looks for in the text before", low=1, high=64)
+    tilt_count: int = setting(1, "token tilt: times running that the hinted token must have come after them", low=1)
+    ttt_lr: float = setting(0.005, "ttt_sgd, ttt_phased: learning rate of SGD on all weights", low=0)
+    ttt_momentum: float = setting(0.9, "its momentum", low=0, high=0.9999)
+    ttt_epochs: int = setting(3, "its steps per chunk", low=1, high=100)
+    ttt_chunk_tokens: int = setting(32768, "tokens of a chunk, which a step reads whole", low=1)
+    ttt_grad_clip: float = setting(1.0, "largest norm of its gradient", low=1e-9)
+    ttt_prefix_docs: int = setting(2500, "ttt_phased: documents at the beginning that it learns from", low=1)
+    ttt_phases: int = setting(1, "ttt_phased: parts of them, learnt from one after another", low=1, high=1000)
+    ttt_lora_rank: int = setting(80, "ttt_lora, ttt_phased: rank of a document's LoRA", low=1, high=4096)
+    ttt_lora_alpha: float = setting(144.0, "its output is scaled by this / rank", low=0)
+    ttt_lora_targets: str = setting("q,k,v,out,up,gate,down,head", "the projections that it is added to", form=parse_projections)
+    ttt_lora_lr: float = setting(1e-4, "its learning rate, of Adam without momentum", low=0)
+    ttt_lora_beta2: float = setting(0.99, "decay of Adam's second moment", low=0, high=0.99999)
+    ttt_lora_weight_decay: float = setting(0.5, "its decoupled weight decay, times the learning rate", low=0)
+    ttt_lora_chunk_tokens: int = setting(48, "tokens that are scored, then learnt from in one step", low=1)
+    ttt_lora_batch_docs: int = setting(64, "documents that are scored side by side", low=1)
+    ttt_lora_warm_a: bool = setting(False, "go on from the A of earlier documents, in text order; off = every document starts afresh")
     scores_file: str = setting("", "write the nats of every target of the final evaluation here (.npy, float32, text order)")
+    documents_file: str = setting("", "write the bits per byte of every document, without and with adaptation, here (.csv)")
+    audit: bool = setting(False, "after scoring, check the rules of the challenge on this artifact and evaluation")
+    audit_tokens: int = setting(4096, "targets of the split that AUDIT looks at", low=64)
 
     @property
     def head_dim(self) -> int:
@@ -314,7 +352,11 @@ MODEL_SETTINGS = (
 FREE_ON_RESUME = (
     "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env",
     "lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_left_bits", "lqer_asym_group", "gptq_damping",
-    "coder", "code_order", "byte_shuffle", "val_batch_size", "val_loss_every", "final_eval", "eval_seq_len", "eval_stride", "rope_scaling", "scores_file",
+    "coder", "code_order", "byte_shuffle", "val_batch_size", "val_loss_every", "rope_scaling", "final_eval", "eval_seq_len", "eval_stride",
+    "eval_seconds", "eval_softcap", "eval_softcap_negative", "tilt_boost", "tilt_order", "tilt_count", "ttt_lr", "ttt_momentum", "ttt_epochs",
+    "ttt_chunk_tokens", "ttt_grad_clip", "ttt_prefix_docs", "ttt_phases", "ttt_lora_rank", "ttt_lora_alpha", "ttt_lora_targets", "ttt_lora_lr",
+    "ttt_lora_beta2", "ttt_lora_weight_decay", "ttt_lora_chunk_tokens", "ttt_lora_batch_docs", "ttt_lora_warm_a", "scores_file", "documents_file",
+    "audit", "audit_tokens",
 )  # fmt: skip
 
 # These as well, as long as training never sees the grid.
@@ -438,6 +480,12 @@ SETTINGS = {setting_field.name.upper(): setting_field for setting_field in field
 # Names that the public records use for what is set otherwise here.
 RENAMED = {
     "ADAM_WD": "SCALAR_WEIGHT_DECAY", "BIGRAM_DIM": "BIGRAM_HASH_DIM", "BIGRAM_VOCAB_SIZE": "BIGRAM_HASH_BUCKETS", "COMPRESSOR": "CODER",
+    "GLOBAL_TTT_CHUNK_TOKENS": "TTT_CHUNK_TOKENS", "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS", "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
+    "GLOBAL_TTT_LR": "TTT_LR", "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM", "PHASED_TTT_ENABLED": "FINAL_EVAL=ttt_phased",
+    "PHASED_TTT_NUM_PHASES": "TTT_PHASES", "PHASED_TTT_PREFIX_DOCS": "TTT_PREFIX_DOCS", "TTT_BATCH_SIZE": "TTT_LORA_BATCH_DOCS",
+    "TTT_BETA1": "nothing: it is 0", "TTT_BETA2": "TTT_LORA_BETA2", "TTT_CHUNK_SIZE": "TTT_LORA_CHUNK_TOKENS", "TTT_ENABLED": "FINAL_EVAL=ttt_phased",
+    "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "TTT_K_LORA": "TTT_LORA_TARGETS", "TTT_MLP_LORA": "TTT_LORA_TARGETS", "TTT_O_LORA": "TTT_LORA_TARGETS",
+    "TTT_WEIGHT_DECAY": "TTT_LORA_WEIGHT_DECAY", "TTT_LORA_WARM_START_A": "TTT_LORA_WARM_A",
     "EMA_ENABLED": "EMA_DECAY (0 = off)", "GPTQ_CALIBRATION_BATCHES": "CALIBRATION_TOKENS",
     "GPTQ_RESERVE_SECONDS": "nothing: the time of the calibration is measured and reserved", "LQER_ENABLED": "LQER_RANK (0 = off)",
     "LQER_ASYM_ENABLED": "LQER_LEFT_BITS",
@@ -616,13 +664,18 @@ def validate(config: Config) -> list[str]:
     )
     require(not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0")
     require(
-        c.final_eval != "sliding" or c.eval_stride <= c.window,
+        c.final_eval == "chunked" or c.eval_stride <= c.window,
         f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
     )
     require(c.quant_scheme != "rate" or c.coder == "range", f"QUANT_SCHEME=rate needs CODER=range, not {c.coder}: its codes do not fit bytes")
     widths = (c.matrix_bits, c.mlp_bits or c.matrix_bits, c.embed_bits)
     require(all(width in WIDTHS for width in widths), f"MATRIX_BITS, MLP_BITS and EMBED_BITS are {widths}: expected 2 to 8, or 16 = float16")
     require(max(parse_layer_bits(c.layer_bits), default=0) < c.num_layers, f"LAYER_BITS={c.layer_bits} must name layers below NUM_LAYERS={c.num_layers}")
+    require(not c.documents_file or c.documents_file.endswith(".csv"), f"DOCUMENTS_FILE={c.documents_file}: expected a name that ends in .csv")
+    require(
+        c.final_eval not in ("ttt_lora", "ttt_phased") or (c.ttt_lora_chunk_tokens <= c.window and c.doc_mask),
+        f"FINAL_EVAL={c.final_eval} needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS={c.ttt_lora_chunk_tokens} of at most the window, {c.window} tokens",
+    )
     require(not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy")
     return problems
 
@@ -725,6 +778,16 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def share_of(self, costs: Sequence[float]) -> list[int]:
+        """Returns which pieces of work with these costs this rank does: the dearest first, each going to the rank with the least so far."""
+        loads, mine = [0.0] * self.size, list[int]()
+        for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[number]
+            if rank == self.rank:
+                mine.append(number)
+        return mine
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
         """Makes these tensors those of rank 0 on every rank."""
@@ -1385,8 +1448,8 @@ def predicted_bits_per_weight(scheme: str, bits: int, columns: int, clip_sigmas:
 # computes and `adapters[slot][name]` adds to a projection when given. An optional feature is a module or `Keep`, chosen in a constructor.
 # Parameters are float32 masters, cast where they are used.
 
-# What is added to the output of a layer's projections, by projection name ("q", "k", "v", "out", "up", "gate", "down"), and one of these per
-# executed layer (slot).
+# What is added to the output of projections, by name: "q", "k", "v", "out", "up", "gate", "down" of a layer, or "head". One of these per executed
+# layer (slot), and a last one for the head.
 SlotAdapters = Mapping[str, Callable[[Tensor], Tensor]]
 Adapters = Sequence[SlotAdapters]
 # The residual stream: one lane (B, T, D), or two in layers whose attention and MLP have a lane each.
@@ -1569,7 +1632,7 @@ class Linear(Weight):
 
     def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
         y = F.linear(x, self.stored(phase).to(x.dtype))
-        return y if adapters is None else y + adapters[name](x)
+        return y if adapters is None or name not in adapters else y + adapters[name](x)
 
 
 def weight_parts(model: nn.Module) -> dict[str, Weight]:
@@ -2023,12 +2086,16 @@ class GPT(nn.Module):
         c = self.config
         x = rms_norm(self.hidden(tokens, phase, adapters))
         raw = self.head(x, phase)
+        if adapters and "head" in adapters[-1]:
+            raw = raw + adapters[-1]["head"](x)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return softcap(raw, c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
-        """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T)."""
+        """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T); of K targets at each position, (B, T, K) -> (B, T, K)."""
         logits = self.logits(tokens, phase, adapters)
+        if targets.dim() == 3:
+            return logits.logsumexp(dim=-1, keepdim=True) - logits.gather(2, targets)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -2866,6 +2933,7 @@ class Score(NamedTuple):
     seconds: float
     targets: int
     bytes: int
+    adapted_frac: float  # of the targets: scored while all adaptation that was asked for went on
 
 
 class Diverged(ValueError):
@@ -3720,12 +3788,8 @@ def code_bytes(source: str) -> int:
 
 def share_work(world: World, costs: Mapping[str, int], work: Callable[[str], Any]) -> dict[str, Any]:
     """Returns name -> work(name), shared out over ranks by cost and over threads within each; the same on every rank. Every rank must call it."""
-    loads, mine = [0] * world.size, []
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        rank = loads.index(min(loads))
-        loads[rank] += costs[name]
-        if rank == world.rank:
-            mine.append(name)
+    names = sorted(costs)
+    mine = [names[number] for number in world.share_of([costs[name] for name in names])]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world.local_size)) as pool:
         done = dict(zip(mine, pool.map(work, mine), strict=True))
     return {name: value for share in world.gather_objects(done) for name, value in share.items()}
@@ -3969,60 +4033,515 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ------------------------------------------------------------------------------------------------------------------------------------
-# Owns the score. An evaluation is a plan of windows in which every target is scored exactly once; the result does not depend on the
-# number of ranks. Input i of the split predicts target i + 1.
+# Owns the score. An evaluation is a list of stretches: each is scored, then perhaps learnt from, before the next. Every score goes
+# through the `Ledger`, which refuses a second score of a target and learning from a target without one. Input i of the split predicts
+# target i + 1; a document's inputs begin with its BOS, and the BOS after it is its last target.
 
 
-def plan_windows(inputs: int, window: int, stride: int) -> np.ndarray:
-    """Returns one row (first input, first scored input, end) per window, each `window` inputs long: (W, 3) int64.
+class Violation(ValueError):
+    """An evaluation broke a rule of the challenge."""
 
-    The scored spans follow one another and cover every input once. Each is the end of its window, so that stride < window gives every
-    target but the first ones at least window - stride inputs of context; the last window is moved back to end with the split.
+
+class Ledger:
+    """The scores of one evaluation, in text order, and the two rules about writing them."""
+
+    def __init__(self, targets: int) -> None:
+        self.nats = np.zeros(targets, dtype=np.float32)
+        self.written = np.zeros(targets, dtype=bool)  # by this rank
+
+    def write(self, first: int, nats: np.ndarray) -> None:
+        """Keeps the scores of the targets of inputs `first`, `first` + 1, ... Raises Violation when one of them has a score already."""
+        span = slice(first, first + len(nats))
+        if self.written[span].any():
+            raise Violation(f"targets of inputs {first} to {first + len(nats)} would be scored twice; a target is scored once, in one pass")
+        self.nats[span], self.written[span] = nats, True
+
+    def allow_learning(self, first: int, end: int) -> None:
+        """Raises Violation unless this rank has scored the targets of all inputs in [first, end)."""
+        if not self.written[first:end].all():
+            raise Violation(f"learning from inputs {first} to {end} before all of their targets are scored")
+
+    def settle(self, first: int, end: int, world: World) -> None:
+        """Brings the scores in [first, end) to every rank, once. Raises Violation unless exactly one rank has each. Every rank must call it."""
+        span = slice(first, end)
+        counts = world.sum_(torch.from_numpy(self.written[span].astype(np.int32)).to(world.device))
+        nats = world.sum_(torch.from_numpy(np.where(self.written[span], self.nats[span], 0)).to(world.device))
+        if not bool((counts == 1).all()):
+            wrong = int((counts != 1).sum())
+            raise Violation(f"{wrong:,} targets of inputs {first} to {end} are not scored exactly once")
+        self.nats[span], self.written[span] = nats.cpu().numpy(), True
+
+
+def document_starts(tokens: np.ndarray, bos_id: int) -> np.ndarray:
+    """Returns the inputs at which a document starts, the first input among them."""
+    starts = np.flatnonzero(tokens[:-1] == bos_id)
+    return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+
+
+def plan_windows(first: int, end: int, window: int, stride: int, starts: np.ndarray) -> np.ndarray:
+    """Returns one row (first input read, first scored, end) per window: (W, 3) int64; the scored spans cover [first, end) once, in order.
+
+    Every input has its whole document before it, or at least window - stride inputs. A window starts with the document of its first scored
+    input if that is near enough, and then scores all that it holds: within a document's first `window` inputs one forward serves every target,
+    and that is exact. `starts` are the inputs at which a document starts (0 alone: no documents). Source of stride scoring: the record of 2026-03-19.
     """
-    firsts = np.concatenate([[0], np.arange(window, inputs, stride)])
-    ends = np.minimum(np.append(firsts[1:], inputs), inputs)
-    return np.stack([ends - window, firsts, ends], axis=1)
+    rows, position = [], first
+    while position < end:
+        document = int(starts[np.searchsorted(starts, position, side="right") - 1])
+        start = max(document, position + stride - window)
+        stop = min(start + window, end)
+        rows.append((start, position, stop))
+        position = stop
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
-def score_windows(run: Run, forward: Callable[..., Tensor], val: ValData, stride: int, phase: Phase, label: str) -> np.ndarray:
-    """Returns the nats of this rank's share of the targets, in text order: float32. The share is a contiguous run of windows."""
-    config, world = run.config, run.world
-    plan = plan_windows(len(val.tokens) - 1, config.window, stride)
-    mine = plan[len(plan) * world.rank // world.size : len(plan) * (world.rank + 1) // world.size]
-    batch = max(min(config.val_batch_size // (config.window * world.size), len(mine)), 1)
-    phase = replace(phase, seq_len=config.window, batch_tokens=0)
-    scores, began = [np.empty(0, dtype=np.float32)], time.perf_counter()
-    for index in range(0, len(mine), batch):
-        windows = mine[index : index + batch]
-        # The last batch is filled up with repeats, so that one compiled shape serves all.
-        starts = np.resize(windows[:, 0], batch)
-        rows = to_device(np.stack([val.tokens[start : start + config.window + 1] for start in starts]), world.device)
-        nats = forward(rows[:, :-1], rows[:, 1:], phase).float().cpu().numpy()
-        scores += [row[first - start : end - start] for row, (start, first, end) in zip(nats, windows, strict=False)]
-        done = (index + len(windows)) / len(mine)
-        left = (time.perf_counter() - began) * (1 / done - 1)
-        run.log.progress(f"{label} evaluation {100 * done:.0f}%  {clock_text(left)} left")
-    return np.concatenate(scores)
+class Stretch(NamedTuple):
+    """A stretch of text that is scored before anything later is, and what is learnt from it afterwards."""
+
+    first: int  # of its inputs
+    end: int
+    lr_scales: tuple[float, ...] = ()  # of global SGD on its chunks, one after another; none = nothing is learnt
 
 
-def evaluate(run: Run, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, scores_file: str = "") -> Score:
-    """Returns the score of the whole validation split under the evaluation `name`, with the layers of `phase`.
+def plan_stretches(config: Config, name: str, inputs: int, starts: np.ndarray) -> list[Stretch]:
+    """Returns the stretches of text that the evaluation `name` goes through.
 
-    Writes every target's nats to `scores_file` if given.
+    `ttt_sgd` learns from every chunk but the last, its rate falling as a cosine over chunks (PR #549); `ttt_phased` from the first
+    TTT_PREFIX_DOCS documents, TTT_PHASES times, the rate falling within each (PRs #1610, #1626).
     """
-    began = time.perf_counter()
-    stride = {"chunked": run.config.window, "sliding": run.config.eval_stride}[name]
-    with torch.inference_mode():
-        nats = score_windows(run, forward, val, stride, phase, name)
-    total, targets = run.world.sum_float64([float(nats.sum(dtype=np.float64)), float(len(nats))])
-    assert targets == len(val.tokens) - 1, "every target is scored exactly once"
-    if scores_file:
-        shares = run.world.gather_objects(nats)
-        if run.world.is_main:
-            with atomic_file(Path(scores_file)) as file:
-                np.save(file, np.concatenate(shares))
-    text_bytes = int(val.target_bytes.sum())
-    return Score(total / targets, total / math.log(2) / text_bytes, time.perf_counter() - began, int(targets), text_bytes)
+
+    def cosine(count: int, of: int) -> list[float]:
+        return [(1 + math.cos(math.pi * number / of)) / 2 for number in range(count)]
+
+    size = config.ttt_chunk_tokens
+    if name == "ttt_sgd":
+        cuts = [*range(0, inputs, size), inputs]
+        scales = cosine(len(cuts) - 2, len(cuts) - 1)
+        return [Stretch(a, b, (scale,)) for a, b, scale in zip(cuts, cuts[1:-1], scales, strict=False)] + [Stretch(cuts[-2], inputs)]
+    if name == "ttt_phased":
+        documents = min(config.ttt_prefix_docs, len(starts) - 1)
+        cuts = sorted({int(starts[documents * number // config.ttt_phases]) for number in range(config.ttt_phases + 1)})
+        learnt = [Stretch(a, b, tuple(cosine(chunks, chunks))) for a, b in itertools.pairwise(cuts) for chunks in [-(-(b - a) // size)]]
+        return [*learnt, Stretch(cuts[-1], inputs)]
+    return [Stretch(0, inputs)]
+
+
+class LowRank:
+    """What a projection gets added for each document of a batch: scale (x A^T) B^T, A (documents, rank, inputs), B (documents, outputs, rank)."""
+
+    def __init__(self, shape: Sequence[int], documents: int, config: Config, device: torch.device, generator: torch.Generator) -> None:
+        (outputs, inputs), rank = shape, config.ttt_lora_rank
+        self.scale = config.ttt_lora_alpha / rank
+        self.start = ((2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)).to(device)  # of A, the same for every document
+        self.a = self.start.repeat(documents, 1, 1).requires_grad_()
+        self.b = torch.zeros(documents, outputs, rank, device=device, requires_grad=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        a, b = self.a[: len(x)].to(x.dtype), self.b[: len(x)].to(x.dtype)
+        return self.scale * ((x @ a.mT) @ b.mT)
+
+
+class DocumentAdapters:
+    """LoRA on the projections of every executed layer and on the head, apart for each document of a batch. Sources: PRs #1530, #1767."""
+
+    def __init__(self, model: GPT, phase: Phase, documents: int) -> None:
+        config = model.config
+        self.config, targets, generator = config, config.ttt_lora_targets.split(","), torch.Generator().manual_seed(config.seed)
+        blocks = [weight_parts(model.blocks[layer]) for layer in phase.order]
+        slots = [{name.split(".")[-2]: part.weight.shape for name, part in parts.items()} for parts in blocks]
+        slots.append({"head": torch.Size([config.vocab_size, config.model_dim])})
+        device = model.embedding.table.weight.device
+        self.slots = [
+            {name: LowRank(shape, documents, config, device, generator) for name, shape in slot.items() if name in targets} for slot in slots
+        ]
+        self.parts = [part for slot in self.slots for part in slot.values()]
+        self.reset(None)
+
+    def reset(self, kept: Sequence[Tensor] | None) -> None:
+        """Makes them new, for other documents: B = 0, A as at first or, if given, `kept`; the optimiser without a past."""
+        with torch.no_grad():
+            for number, part in enumerate(self.parts):
+                part.a.copy_(part.start if kept is None else kept[number])
+                part.b.zero_()
+        c = self.config
+        tensors = [tensor for part in self.parts for tensor in (part.a, part.b)]
+        self.optimizer = torch.optim.AdamW(tensors, c.ttt_lora_lr, (0.0, c.ttt_lora_beta2), eps=1e-10, weight_decay=c.ttt_lora_weight_decay)
+
+    def learn(self, losses: Tensor) -> None:
+        """Takes one step, each document down its own of `losses`."""
+        losses.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@cache
+def hint_kernel() -> Callable[..., None]:
+    """Returns the compiled loop of `hints_of`."""
+    import numba
+
+    def look_up(tokens, order, least, keys, words, counts, hints):  # type: ignore[no-untyped-def]
+        for i in range(order - 1, len(tokens) - 1):
+            key = np.uint64(0)
+            for k in range(i - order + 1, i + 1):
+                key = (key ^ np.uint64(tokens[k] + 1)) * np.uint64(0x9E3779B97F4A7C15)
+                key ^= key >> np.uint64(29)
+            slot = key & np.uint64(len(keys) - 1)
+            if keys[slot] == key and counts[slot] >= least:
+                hints[i] = words[slot]
+            # The hint is fixed; only now may the target be looked at.
+            target = tokens[i + 1]
+            if keys[slot] == key and words[slot] == target:
+                counts[slot] += 1
+            else:
+                keys[slot], words[slot], counts[slot] = key, target, 1
+
+    return numba.njit(look_up)
+
+
+def hints_of(tokens: np.ndarray, order: int, least: int) -> np.ndarray:
+    """Returns the hint at every target, int64 (N - 1,), -1 = none: the token that came last after the `order` tokens before it, `least` times running.
+
+    It depends on the text before the target alone. Source: the token channel of PR #1514.
+    """
+    size = 1 << max(len(tokens) - 1, 1).bit_length()
+    hints = np.full(len(tokens) - 1, -1, dtype=np.int64)
+    keys, words, counts = np.zeros(size, np.uint64), np.zeros(size, np.int64), np.zeros(size, np.int32)
+    hint_kernel()(tokens.astype(np.int64), order, least, keys, words, counts, hints)
+    return hints
+
+
+class Batch(NamedTuple):
+    """Rows to score: (B, T) each, filled up with BOS where there is nothing to read."""
+
+    tokens: Tensor
+    targets: Tensor
+    hints: Tensor | None
+
+
+# Batches of documents that keep A go round this many streams, which the ranks share: 1, 2, 4 and 8 ranks give the same scores.
+STREAMS = 8
+AUDIT_CUTS = 4
+
+
+class Evaluator:
+    """One evaluation of the validation split: `score` gives every target its nats.
+
+    Ranks share the windows or documents of a stretch; each target's score is the same for any number of ranks, up to the rounding of batches and, with
+    global SGD, of gradients summed in another order. Exception: TTT_LORA_WARM_A with ranks that do not divide STREAMS.
+    """
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, plain_seconds: float = 0.0) -> None:
+        """`forward` is that of `model`, perhaps compiled. `plain_seconds` per input read tells when adaptation must end to meet EVAL_SECONDS."""
+        self.log, self.config, self.world, self.model, self.forward = run.log, run.config, run.world, model, forward
+        self.val, self.name, self.phase, self.plain_seconds = val, name, phase, plain_seconds
+        self.inputs, self.window = len(val.tokens) - 1, run.config.window
+        self.stride = self.window if name == "chunked" else run.config.eval_stride
+        self.starts = document_starts(val.tokens, self.config.bos_id) if self.config.doc_mask else np.zeros(1, dtype=np.int64)
+        self.stretches = plan_stretches(self.config, name, self.inputs, self.starts)
+        self.by_document = name in ("ttt_lora", "ttt_phased")
+        self.ledger = Ledger(self.inputs)
+        self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if self.config.tilt_boost else None
+        self.sgd = torch.optim.SGD(model.parameters(), self.config.ttt_lr, self.config.ttt_momentum)
+        self.kept: dict[int, list[Tensor]] = {}  # A of each stream
+        self.began, self.adapted = time.perf_counter(), 0
+        self.done, self.total, self.is_predicted = 0.0, sum(self.cost(stretch) for stretch in self.stretches) / run.world.size, False
+
+    # -- What a row is, and its score
+
+    def read(self, windows: np.ndarray, length: int) -> Batch:
+        """Returns the rows of windows (first input read, first scored, end), `length` inputs long; nothing from `end` on is read."""
+        rows = np.full((len(windows), length + 1), self.config.bos_id, dtype=np.int64)
+        hints = np.full((len(windows), length), -1, dtype=np.int64)
+        for row, hint, (start, _, end) in zip(rows, hints, windows, strict=True):
+            row[: end - start + 1] = self.val.tokens[start : end + 1]
+            if self.hints is not None:
+                hint[: end - start] = self.hints[start:end]
+        tokens = to_device(rows, self.world.device)
+        return Batch(tokens[:, :-1], tokens[:, 1:], to_device(hints, self.world.device) if self.hints is not None else None)
+
+    def nats(self, batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (loss, score) of every target, (B, T) each; they differ by the tilt alone.
+
+        With a hint h, p'(a) = e^(b [a = h]) p(a) / (1 + p(h) (e^b - 1)): the sum over all tokens a stays 1. Source: PR #1420.
+        """
+        phase, boost = replace(self.phase, seq_len=batch.tokens.shape[1], batch_tokens=0), self.config.tilt_boost
+        if batch.hints is None:
+            loss = self.forward(batch.tokens, batch.targets, phase, adapters)
+            return loss, loss
+        pair = torch.stack([batch.targets, batch.hints.clamp_min(0)], dim=-1)
+        loss, hint_loss = self.forward(batch.tokens, pair, phase, adapters).unbind(dim=-1)
+        tilted = loss - boost * (batch.hints == batch.targets) + torch.log1p((-hint_loss).exp() * math.expm1(boost))
+        return loss, torch.where(batch.hints >= 0, tilted, loss)
+
+    def write(self, windows: np.ndarray, scores: Tensor) -> None:
+        """Enters the scores (B, T) of windows into the ledger."""
+        for row, (start, first, end) in zip(scores.detach().float().cpu().numpy(), windows, strict=False):
+            self.ledger.write(int(first), row[first - start : end - start])
+
+    # -- Time
+
+    def cost(self, stretch: Stretch) -> float:
+        """Returns about how many inputs a stretch reads over all ranks; learning from one counts as reading three."""
+        learning = 3.0 * self.config.ttt_epochs * (stretch.end - stretch.first) * bool(stretch.lr_scales)
+        if self.by_document:
+            return learning + sum(self.document_cost(length) for length in np.diff(self.documents(stretch)).ravel())
+        return learning + float(len(plan_windows(stretch.first, stretch.end, self.window, self.stride, self.starts)) * self.window)
+
+    def document_cost(self, length: int) -> float:
+        """Returns the same for a document that is scored and learnt from chunk by chunk."""
+        size = self.config.ttt_lora_chunk_tokens
+        chunks = -(-length // size)
+        grown = min(chunks, self.window // size)
+        return 3.0 * (size * grown * (grown + 1) / 2 + self.window * (chunks - grown))
+
+    def note_progress(self, cost: float) -> None:
+        """Adds to the work that is done, shows how far it is, and says once how long all of it takes."""
+        self.done += cost
+        seconds, share = time.perf_counter() - self.began, min(self.done / self.total, 1.0)
+        if seconds > 5 and not self.is_predicted:
+            self.is_predicted = True
+            limit = f", EVAL_SECONDS={self.config.eval_seconds:g}" if self.config.eval_seconds else ""
+            self.log.note(f"the {self.name} evaluation will take about {seconds / share:,.0f} s{limit}")
+        self.log.progress(f"{self.name} evaluation {100 * share:.0f}%  {clock_text(seconds * (1 / share - 1))} left")
+
+    def has_time(self, cost: float, inputs_left: int) -> bool:
+        """Returns whether adaptation of this cost leaves the time to score `inputs_left` inputs without any: it goes on until then."""
+        if not self.config.eval_seconds:
+            return True
+        seconds = time.perf_counter() - self.began
+        pace = seconds / self.done if self.done else 0.0
+        return seconds + pace * cost + self.plain_seconds * inputs_left <= self.config.eval_seconds
+
+    # -- Scoring
+
+    @torch.no_grad()
+    def score_windows(self, windows: np.ndarray) -> None:
+        """Scores windows without adapters."""
+        length = self.window
+        batch = max(min(self.config.val_batch_size // (length * self.world.size), len(windows)), 1)
+        for index in range(0, len(windows), batch):
+            some = windows[index : index + batch]
+            # The last batch is filled up with repeats, so that one compiled shape serves all.
+            _, scores = self.nats(self.read(some[np.arange(batch) % len(some)], length))
+            self.write(some, scores)
+            self.note_progress(len(some) * length)
+
+    def documents(self, stretch: Stretch) -> np.ndarray:
+        """Returns the (first input, end) of the documents of a stretch: (D, 2)."""
+        starts = self.starts[(self.starts >= stretch.first) & (self.starts < stretch.end)]
+        return np.stack([starts, np.append(starts[1:], stretch.end)], axis=1)
+
+    def score_documents(self, stretch: Stretch) -> None:
+        """Scores this rank's documents of a stretch, each with adapters of its own that learn from its chunks: longest first, or in text order with warm A."""
+        documents, size = self.documents(stretch), self.config.ttt_lora_batch_docs
+        warm = self.config.ttt_lora_warm_a
+        if not warm:
+            documents = documents[np.argsort(documents[:, 0] - documents[:, 1], kind="stable")]
+        batches = [documents[index : index + size] for index in range(0, len(documents), size)]
+        costs = [sum(self.document_cost(int(end - first)) for first, end in batch) for batch in batches]
+        mine = [n for n in range(len(batches)) if n % STREAMS % self.world.size == self.world.rank] if warm else self.world.share_of(costs)
+        left = sum(int(end - first) for n in mine for first, end in batches[n])
+        adapters = DocumentAdapters(self.model, self.phase, min(size, len(documents)))
+        for number in mine:
+            batch = batches[number]
+            inputs = int((batch[:, 1] - batch[:, 0]).sum())
+            left -= inputs
+            if self.has_time(costs[number], left):
+                adapters.reset(self.kept.get(number % STREAMS))
+                self.score_adapting(batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")], adapters)
+                if warm:
+                    self.kept[number % STREAMS] = [part.a.detach().clone() for part in adapters.parts]
+                self.adapted += inputs
+            else:
+                for first, end in batch:
+                    self.score_windows(plan_windows(int(first), int(end), self.window, self.stride, self.starts))
+
+    def score_adapting(self, documents: np.ndarray, adapters: DocumentAdapters) -> None:
+        """Scores documents (D, 2), longest first, chunk by chunk; after each chunk the adapters of those that go on learn from it."""
+        size, firsts, ends = self.config.ttt_lora_chunk_tokens, documents[:, 0], documents[:, 1]
+        grain = max(self.window // 8, size)  # row lengths are multiples of this, so that few graphs are compiled
+        for chunk in itertools.count():
+            begins, stops = firsts + chunk * size, np.minimum(firsts + (chunk + 1) * size, ends)
+            active, going_on = int((begins < ends).sum()), int((stops < ends).sum())
+            if not active:
+                return
+            windows = np.stack([np.maximum(firsts, firsts + (chunk + 1) * size - self.window), begins, stops], axis=1)[:active]
+            length = min(-(-(chunk + 1) * size // grain) * grain, self.window)
+            with torch.set_grad_enabled(going_on > 0):
+                loss, scores = self.nats(self.read(windows, length), adapters.slots)
+            self.write(windows, scores)
+            if going_on:
+                spans = windows - windows[:, :1]
+                where = torch.from_numpy(spans[:going_on]).to(loss.device)
+                column = torch.arange(length, device=loss.device)
+                chosen = (column >= where[:, 1:2]) & (column < where[:, 2:])
+                for first, end in zip(begins[:going_on], stops[:going_on], strict=True):
+                    self.ledger.allow_learning(int(first), int(end))
+                adapters.learn((loss[:going_on] * chosen).sum(dim=1) / size)
+            self.note_progress(3.0 * active * length)
+
+    # -- Learning
+
+    def learn(self, stretch: Stretch) -> None:
+        """Takes TTT_EPOCHS steps of SGD on all weights for each chunk of a stretch, over all ranks; each step reads the whole chunk."""
+        c, world, length = self.config, self.world, self.config.train_seq_len
+        parameters = list(self.model.parameters())
+        size = c.ttt_chunk_tokens
+        for first, lr_scale in zip(range(stretch.first, stretch.end, size), stretch.lr_scales, strict=True):
+            end = min(first + size, stretch.end)
+            self.ledger.allow_learning(first, end)
+            windows = np.array([(start, start, min(start + length, end)) for start in range(first, end, length)])[world.rank :: world.size]
+            self.sgd.param_groups[0]["lr"] = c.ttt_lr * lr_scale
+            for _ in range(c.ttt_epochs):
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+                for some in np.split(windows, range(step := max(c.micro_batch_tokens // length, 1), len(windows), step)):
+                    loss, _ = self.nats(self.read(some, length))
+                    lengths = torch.from_numpy(some[:, 2] - some[:, 0]).to(loss.device)
+                    (loss * (torch.arange(length, device=loss.device) < lengths[:, None])).sum().div(end - first).backward()
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        world.sum_(parameter.grad)
+                nn.utils.clip_grad_norm_(parameters, c.ttt_grad_clip)
+                self.sgd.step()
+            self.note_progress(3.0 * c.ttt_epochs * (end - first) / world.size)
+
+    def score(self) -> Score:
+        """Returns the score of the whole split. Every rank must call it. The weights are afterwards what they were."""
+        world, before = self.world, [parameter.detach().clone() for parameter in self.model.parameters()] if self.name in ("ttt_sgd", "ttt_phased") else []
+        is_adapting = True
+        try:
+            for stretch in self.stretches:
+                if self.by_document:
+                    self.model.requires_grad_(False)
+                    self.score_documents(stretch)
+                    self.model.requires_grad_(True)
+                else:
+                    windows = plan_windows(stretch.first, stretch.end, self.window, self.stride, self.starts)
+                    self.score_windows(windows[len(windows) * world.rank // world.size : len(windows) * (world.rank + 1) // world.size])
+                    self.adapted += (stretch.end - stretch.first) * (is_adapting and world.is_main)
+                self.ledger.settle(stretch.first, stretch.end, world)
+                is_adapting = is_adapting and world.from_main(self.has_time(self.cost(stretch) / world.size, (self.inputs - stretch.end) // world.size))
+                if stretch.lr_scales and is_adapting:
+                    self.learn(stretch)
+        finally:
+            for parameter, weight in zip(self.model.parameters(), before, strict=False):
+                parameter.data.copy_(weight)
+                parameter.grad = None
+        total, text_bytes = float(self.ledger.nats.sum(dtype=np.float64)), int(self.val.target_bytes.sum())
+        (adapted,) = world.sum_float64([float(self.adapted)])
+        seconds = time.perf_counter() - self.began
+        return Score(total / self.inputs, total / math.log(2) / text_bytes, seconds, self.inputs, text_bytes, adapted / self.inputs)
+
+
+def evaluate(run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase) -> Score:
+    """Returns the score of the whole validation split under the evaluation `name`, with the layers of `phase`."""
+    return Evaluator(run, model, forward, val, name, phase).score()
+
+
+def write_scores(config: Config, val: ValData, nats: np.ndarray, plain: np.ndarray, starts: np.ndarray) -> None:
+    """Writes SCORES_FILE, every target's nats, and DOCUMENTS_FILE, every document's tokens, bytes and bits per byte without and with adaptation."""
+    if config.scores_file:
+        with atomic_file(Path(config.scores_file)) as file:
+            np.save(file, nats)
+    if config.documents_file:
+        lines = ["document,tokens,bytes,bpb_before,bpb"]
+        for number, (first, end) in enumerate(itertools.pairwise([*starts.tolist(), len(nats)])):
+            count = int(val.target_bytes[first:end].sum())
+            bits = [float(scores[first:end].sum(dtype=np.float64)) / math.log(2) / max(count, 1) for scores in (plain, nats)]
+            lines.append(f"{number},{end - first},{count},{bits[0]:.6f},{bits[1]:.6f}")
+        atomic_write(Path(config.documents_file), "\n".join(lines).encode() + b"\n")
+
+
+def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
+    """Returns the scores of the model read back from `artifact`, by evaluation: chunked, FINAL_EVAL, and sliding where DOCUMENTS_FILE compares with it."""
+    config = run.config
+    model = read_artifact(artifact, config, config.artifact or str(run.folder / "artifact.bin"), run.world.device)
+    c = model.config
+    model.config = replace(
+        c, logit_softcap=config.eval_softcap or c.logit_softcap, logit_softcap_negative=config.eval_softcap_negative or c.logit_softcap_negative
+    )
+    forward, phase = compiled(model, config), Schedule(config).scored_phase
+    names = ["chunked", *["sliding"] * bool(config.documents_file), config.final_eval]
+    scores: dict[str, Score] = {}
+    evaluators: dict[str, Evaluator] = {}
+    for name in dict.fromkeys(names):
+        plain_seconds = scores["chunked"].seconds * run.world.size / scores["chunked"].targets if scores else 0.0
+        evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds)
+        scores[name] = evaluators[name].score()
+        run.log.event("eval", name=name, **scores[name]._asdict())
+    final = evaluators[config.final_eval]
+    if run.world.is_main:
+        write_scores(config, val, final.ledger.nats, evaluators[names[1]].ledger.nats, document_starts(val.tokens, config.bos_id))
+    if config.audit:
+        audit(run, lambda text: Evaluator(run, model, forward, text, config.final_eval, phase), val)
+    return scores
+
+
+# -- The rules of the challenge (its issue #1017), checked on the very artifact and evaluation that give the score.
+
+
+def total_probability(evaluator: Evaluator, batch: Batch, adapters: Adapters | None) -> Tensor:
+    """Returns the sum over all tokens of the probability that the scores give them, at every position of the first row: (T,) float64."""
+    row = Batch(batch.tokens[:1], batch.targets[:1], None if batch.hints is None else batch.hints[:1])
+    total = torch.zeros(row.tokens.shape[1], dtype=torch.float64, device=row.tokens.device)
+    with torch.no_grad():
+        for token in range(evaluator.config.vocab_size):
+            total += evaluator.nats(row._replace(targets=torch.full_like(row.targets, token)), adapters)[1][0].double().neg().exp()
+    return total
+
+
+def audit(run: Run, new_evaluator: Callable[[ValData], Evaluator], val: ValData) -> None:
+    """Logs what is proved of an evaluation on the first AUDIT_TOKENS of the split. Raises Violation at the first rule that is broken.
+
+    C1: with all text after a cut replaced, no score before it changes by a bit; cuts fall inside chunks, so that learning from a target before its
+    score (C3) would show as well. C2: all tokens, each taken for the target, get probabilities that sum to 1; in the last row scored, after all
+    adaptation. C4, and that learning follows scores, is refused by the ledger in every evaluation. Besides: no training shard is opened and no
+    connection made meanwhile.
+    """
+    config, touched = run.config, list[str]()
+    text = ValData(val.tokens[: config.audit_tokens + 1], val.target_bytes[: config.audit_tokens])
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and (event in ("socket.connect", "socket.getaddrinfo") or (event == "open" and "_train_" in str(arguments[0]))):
+            touched.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(watch)
+    try:
+        evaluator, last = new_evaluator(text), list[tuple[Batch, Any]]()
+        plain_nats = evaluator.nats
+
+        def remember(batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
+            last[:] = [(batch, adapters)]
+            return plain_nats(batch, adapters)
+
+        evaluator.nats = remember  # type: ignore[method-assign]
+        evaluator.score()
+        nats = evaluator.ledger.nats
+        generator = np.random.default_rng(config.seed)
+        for cut in sorted(generator.choice(np.arange(1, len(nats)), size=min(AUDIT_CUTS, len(nats) - 1), replace=False).tolist()):
+            tokens = text.tokens.copy()
+            changed = np.arange(len(tokens)) > cut
+            changed &= tokens != config.bos_id  # documents keep their lengths, and so their batches
+            others = generator.integers(config.vocab_size - 1, size=int(changed.sum())).astype(tokens.dtype)
+            tokens[changed] = others + (others >= config.bos_id)
+            other = new_evaluator(ValData(tokens, text.target_bytes))
+            other.score()
+            differing = np.flatnonzero(other.ledger.nats[:cut] != nats[:cut])
+            if len(differing):
+                raise Violation(f"C1, causality: the score of target {differing[0] + 1} depends on tokens after {cut} ({len(differing)} such scores)")
+        run.log.note(f"audit: C1 holds: at {AUDIT_CUTS} cuts of {len(nats):,} targets, no score before the cut depends on what comes after it")
+        totals = total_probability(evaluator, *last[0])
+        worst = float((totals - 1).abs().max())
+        if not worst < 1e-3:
+            raise Violation(f"C2, normalisation: the probabilities of all tokens sum to {float(totals[(totals - 1).abs().argmax()]):.6f}")
+        run.log.note(f"audit: C2 holds: at {len(totals)} positions the probabilities of all {config.vocab_size} tokens sum to 1, to {worst:.1e}")
+    finally:
+        watching = False
+    if touched:
+        raise Violation(f"the evaluation touched {touched[0]}")
+    run.log.note("audit: C3 and C4 hold: each target was scored once, and learnt from only afterwards; no training shard was opened, no connection made")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -4176,18 +4695,6 @@ def open_run(config: Config, world: World, signals: StopSignals, source: str, mo
     return run
 
 
-def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
-    """Returns the scores of the model read back from `artifact`, by evaluation: chunked, and FINAL_EVAL."""
-    config = run.config
-    model = read_artifact(artifact, config, config.artifact or str(run.folder / "artifact.bin"), run.world.device)
-    forward = compiled(model, config)
-    phase, scores = Schedule(config).scored_phase, {}
-    for name in dict.fromkeys(("chunked", config.final_eval)):
-        scores[name] = evaluate(run, forward, val, name, phase, config.scores_file if name == config.final_eval else "")
-        run.log.event("eval", name=name, **scores[name]._asdict())
-    return scores
-
-
 def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     """Trains, exports, reads the artifact back and scores it, as STAGES says; returns the exit code."""
     stages, source = config.stage_list, Path(__file__).read_text(encoding="utf-8")
@@ -4212,7 +4719,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     curvatures: Mapping[str, Curvature] = {}
     try:
         if "train" in stages and loader is not None and val is not None:
-            trained = Trainer(run, model, loader, lambda forward, phase: evaluate(run, forward, val, "chunked", phase)).train()
+            trained = Trainer(run, model, loader, lambda forward, phase: evaluate(run, model, forward, val, "chunked", phase)).train()
             curvatures = trained.curvatures
         elif checkpoint is not None:
             load_weights(model, checkpoint["state"]["model"])
@@ -4252,8 +4759,10 @@ def result_event(
         "tokens_per_second": trained.tokens / trained.seconds if trained and trained.seconds else None,
         "val_loss": final.val_loss if final else None, "val_bpb": final.val_bpb if final else None,
         "pre_quant_val_bpb": trained.score.val_bpb if trained else None,
-        "quant_val_bpb": scores["chunked"].val_bpb if scores else None,
-        "scores": {name: {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds} for name, score in scores.items()},
+        "quant_val_bpb": scores["chunked"].val_bpb if scores else None, "adapted_frac": final.adapted_frac if final else None,
+        "scores": {
+            name: {key: getattr(score, key) for key in ("val_loss", "val_bpb", "seconds", "adapted_frac")} for name, score in scores.items()
+        },
         "bytes_model": model_bytes, "bytes_code": code, "bytes_total": model_bytes + code if model_bytes else None, "bytes_cap": config.bytes_cap,
     }
 
