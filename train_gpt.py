@@ -381,6 +381,7 @@ RECORD_1855 = {
     **LATE, "use_smeargate": True, "smeargate_kind": "add", "attention_gate_window": 12, "qk_gain_init": 5.0,
     "parallel_residuals": "lanes", "parallel_start_layer": 8, "matrix_lr": 0.026, "muon_momentum": 0.97, "beta2": 0.99, "warmdown_frac": 0.85,
     "embed_bits": 7, "attn_clip_sigmas": 13.0, "mlp_clip_sigmas": 11.5, "embed_clip_sigmas": 14.0, "code_order": "sorted", "lqer_rank": 4,
+    "final_eval": "ttt_phased", "eval_seconds": 600.0, "ttt_lr": 0.001, "ttt_epochs": 1, "ttt_phases": 3, "ttt_lora_warm_a": True,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -414,14 +415,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "smeargate_init": 0.0, "input_stages": "bigram,norm,smear", "bigram_hash_buckets": 4096, "bigram_hash_scale": 0.05,
         "train_seq_len": 2048, "max_wallclock_seconds": 4850.0, "warmdown_iters": 3000, "muon_coefficients": "classic", "muon_weight_decay": 0.04,
         "swa_every": 200, "swa_start_lr_scale": 0.999, "quant_scheme": "rowmax", "matrix_bits": 6, "coder": "zstd",
+        "final_eval": "ttt_lora",
     },
     # PR #1809, 1.0800 bpb.
     "sp8192_ttt": {
         **LATE, "qk_gain_init": 5.25, "parallel_residuals": "gptj", "parallel_start_layer": 7, "matrix_lr": 0.022, "muon_momentum": 0.99,
-        "muon_backend_steps": 4, "warmdown_frac": 0.72,
+        "muon_backend_steps": 4, "warmdown_frac": 0.72, "final_eval": "ttt_sgd", "eval_seconds": 600.0,
     },
     # PR #1962, 1.0631 bpb: trained as PR #1855.
-    "adaptive_clip": {**RECORD_1855, "quant_scheme": "adaptive"},
+    "adaptive_clip": {**RECORD_1855, "quant_scheme": "adaptive", "ttt_lora_rank": 56},
     # PR #379, 1.1257 bpb.
     "gptq_lite": {
         "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0, "rope_dims": 16, "rope_base": 22081.8, "xsa_last_n": 4,
@@ -434,7 +436,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "quant_scheme": "gptq_lite", "gptq_lite_scope": "matrix", "matrix_bits": 6, "coder": "zstd",
     },
     # PR #2014, 1.0576 bpb: PR #1855 with rows that grow.
-    "frontier": {**RECORD_1855, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1"},
+    "frontier": {**RECORD_1855, "ttt_phases": 1, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1"},
     # The whole path on a laptop CPU, on the bundled text.
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
@@ -458,6 +460,7 @@ TINY: dict[str, Any] = {
     "train_seq_len": 64, "train_batch_tokens": 1024, "micro_batch_tokens": 1024, "val_batch_size": 4096, "eval_stride": 32,
     "iterations": 30, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 10,
     "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6, "lawa_every": 2, "gate_window": 8, "calibration_tokens": 4096,
+    "ttt_chunk_tokens": 2048, "ttt_lora_rank": 4, "ttt_lora_chunk_tokens": 32, "ttt_prefix_docs": 8,
 }
 TINY_SHAPE: dict[str, Any] = {"num_layers": 4, "loop_start": 1, "loop_end": 1, "rope_dims": 8, "ema_decay": 0.8}
 TINY_OF_PRESET: dict[str, dict[str, Any]] = {
@@ -4240,10 +4243,12 @@ class Evaluator:
         self.stretches = plan_stretches(self.config, name, self.inputs, self.starts)
         self.by_document = name in ("ttt_lora", "ttt_phased")
         self.ledger = Ledger(self.inputs)
-        self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if self.config.tilt_boost else None
+        tilted = self.config.tilt_boost > 0 and name != "chunked"
+        self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if tilted else None
         self.sgd = torch.optim.SGD(model.parameters(), self.config.ttt_lr, self.config.ttt_momentum)
+        self.adapters: DocumentAdapters | None = None
         self.kept: dict[int, list[Tensor]] = {}  # A of each stream
-        self.began, self.adapted = time.perf_counter(), 0
+        self.began, self.adapted, self.is_adapting = time.perf_counter(), 0, True
         self.done, self.total, self.is_predicted = 0.0, sum(self.cost(stretch) for stretch in self.stretches) / run.world.size, False
 
     # -- What a row is, and its score
@@ -4260,7 +4265,7 @@ class Evaluator:
         return Batch(tokens[:, :-1], tokens[:, 1:], to_device(hints, self.world.device) if self.hints is not None else None)
 
     def nats(self, batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
-        """Returns (loss, score) of every target, (B, T) each; they differ by the tilt alone.
+        """Returns (loss, score) of every target, shaped as targets: (B, T), or (B, T, K) for K of them; they differ by the tilt alone.
 
         With a hint h, p'(a) = e^(b [a = h]) p(a) / (1 + p(h) (e^b - 1)): the sum over all tokens a stays 1. Source: PR #1420.
         """
@@ -4268,10 +4273,11 @@ class Evaluator:
         if batch.hints is None:
             loss = self.forward(batch.tokens, batch.targets, phase, adapters)
             return loss, loss
-        pair = torch.stack([batch.targets, batch.hints.clamp_min(0)], dim=-1)
-        loss, hint_loss = self.forward(batch.tokens, pair, phase, adapters).unbind(dim=-1)
-        tilted = loss - boost * (batch.hints == batch.targets) + torch.log1p((-hint_loss).exp() * math.expm1(boost))
-        return loss, torch.where(batch.hints >= 0, tilted, loss)
+        targets, hints = batch.targets.view(*batch.tokens.shape, -1), batch.hints[..., None]
+        losses = self.forward(batch.tokens, torch.cat([targets, hints.clamp_min(0)], dim=-1), phase, adapters)
+        loss, hint_loss = losses[..., :-1], losses[..., -1:]
+        tilted = loss - boost * (hints == targets) + torch.log1p((-hint_loss).exp() * math.expm1(boost))
+        return loss.reshape(batch.targets.shape), torch.where(hints >= 0, tilted, loss).reshape(batch.targets.shape)
 
     def write(self, windows: np.ndarray, scores: Tensor) -> None:
         """Enters the scores (B, T) of windows into the ledger."""
@@ -4280,15 +4286,26 @@ class Evaluator:
 
     # -- Time
 
+    def windows(self, first: int, end: int) -> np.ndarray:
+        """Returns the windows that score [first, end) without adapters."""
+        return plan_windows(first, end, self.window, self.stride, self.starts)
+
+    def reads(self, first: int, end: int) -> int:
+        """Returns how many inputs those windows read."""
+        return len(self.windows(first, end)) * self.window
+
+    def learning_cost(self, stretch: Stretch) -> float:
+        """Returns about how many inputs could be read while all ranks learn from a stretch: a backward pass costs two forward ones."""
+        return 3.0 * self.config.ttt_epochs * (stretch.end - stretch.first) * bool(stretch.lr_scales)
+
     def cost(self, stretch: Stretch) -> float:
-        """Returns about how many inputs a stretch reads over all ranks; learning from one counts as reading three."""
-        learning = 3.0 * self.config.ttt_epochs * (stretch.end - stretch.first) * bool(stretch.lr_scales)
+        """Returns the same for scoring a stretch and learning from it."""
         if self.by_document:
-            return learning + sum(self.document_cost(length) for length in np.diff(self.documents(stretch)).ravel())
-        return learning + float(len(plan_windows(stretch.first, stretch.end, self.window, self.stride, self.starts)) * self.window)
+            return self.learning_cost(stretch) + sum(self.document_cost(int(end - first)) for first, end in self.documents(stretch))
+        return self.learning_cost(stretch) + self.reads(stretch.first, stretch.end)
 
     def document_cost(self, length: int) -> float:
-        """Returns the same for a document that is scored and learnt from chunk by chunk."""
+        """Returns the same for a document of so many inputs that is scored and learnt from chunk by chunk."""
         size = self.config.ttt_lora_chunk_tokens
         chunks = -(-length // size)
         grown = min(chunks, self.window // size)
@@ -4304,13 +4321,11 @@ class Evaluator:
             self.log.note(f"the {self.name} evaluation will take about {seconds / share:,.0f} s{limit}")
         self.log.progress(f"{self.name} evaluation {100 * share:.0f}%  {clock_text(seconds * (1 / share - 1))} left")
 
-    def has_time(self, cost: float, inputs_left: int) -> bool:
-        """Returns whether adaptation of this cost leaves the time to score `inputs_left` inputs without any: it goes on until then."""
-        if not self.config.eval_seconds:
-            return True
+    def has_time(self, cost: float, reads_left: float) -> bool:
+        """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
         seconds = time.perf_counter() - self.began
         pace = seconds / self.done if self.done else 0.0
-        return seconds + pace * cost + self.plain_seconds * inputs_left <= self.config.eval_seconds
+        return not self.config.eval_seconds or seconds + pace * cost + self.plain_seconds * reads_left <= self.config.eval_seconds
 
     # -- Scoring
 
@@ -4340,26 +4355,27 @@ class Evaluator:
         batches = [documents[index : index + size] for index in range(0, len(documents), size)]
         costs = [sum(self.document_cost(int(end - first)) for first, end in batch) for batch in batches]
         mine = [n for n in range(len(batches)) if n % STREAMS % self.world.size == self.world.rank] if warm else self.world.share_of(costs)
-        left = sum(int(end - first) for n in mine for first, end in batches[n])
-        adapters = DocumentAdapters(self.model, self.phase, min(size, len(documents)))
+        self.adapters = self.adapters or DocumentAdapters(self.model, self.phase, min(size, len(self.starts)))
+        plain = {number: np.concatenate([self.windows(int(first), int(end)) for first, end in batches[number]]) for number in mine}
+        reads_left = self.window * sum(map(len, plain.values()))
         for number in mine:
-            batch = batches[number]
-            inputs = int((batch[:, 1] - batch[:, 0]).sum())
-            left -= inputs
-            if self.has_time(costs[number], left):
-                adapters.reset(self.kept.get(number % STREAMS))
-                self.score_adapting(batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")], adapters)
-                if warm:
-                    self.kept[number % STREAMS] = [part.a.detach().clone() for part in adapters.parts]
-                self.adapted += inputs
-            else:
-                for first, end in batch:
-                    self.score_windows(plan_windows(int(first), int(end), self.window, self.stride, self.starts))
+            batch, stream = batches[number], number % STREAMS
+            reads_left -= self.window * len(plain[number])
+            if not self.has_time(costs[number], reads_left):
+                continue
+            del plain[number]
+            self.adapters.reset(self.kept.get(stream))
+            self.score_adapting(batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")], self.adapters)
+            if warm:
+                self.kept[stream] = [part.a.detach().clone() for part in self.adapters.parts]
+            self.adapted += int((batch[:, 1] - batch[:, 0]).sum()) * self.is_adapting
+        if plain:
+            self.score_windows(np.concatenate(list(plain.values())))
 
     def score_adapting(self, documents: np.ndarray, adapters: DocumentAdapters) -> None:
         """Scores documents (D, 2), longest first, chunk by chunk; after each chunk the adapters of those that go on learn from it."""
         size, firsts, ends = self.config.ttt_lora_chunk_tokens, documents[:, 0], documents[:, 1]
-        grain = max(self.window // 8, size)  # row lengths are multiples of this, so that few graphs are compiled
+        grain = max(self.window // 8, size) if self.config.compile else size  # rows are multiples of this long, so that few graphs are compiled
         for chunk in itertools.count():
             begins, stops = firsts + chunk * size, np.minimum(firsts + (chunk + 1) * size, ends)
             active, going_on = int((begins < ends).sum()), int((stops < ends).sum())
@@ -4409,21 +4425,23 @@ class Evaluator:
     def score(self) -> Score:
         """Returns the score of the whole split. Every rank must call it. The weights are afterwards what they were."""
         world, before = self.world, [parameter.detach().clone() for parameter in self.model.parameters()] if self.name in ("ttt_sgd", "ttt_phased") else []
-        is_adapting = True
+        reads = [self.reads(stretch.first, stretch.end) for stretch in self.stretches]
         try:
-            for stretch in self.stretches:
+            for number, stretch in enumerate(self.stretches):
                 if self.by_document:
                     self.model.requires_grad_(False)
                     self.score_documents(stretch)
                     self.model.requires_grad_(True)
                 else:
-                    windows = plan_windows(stretch.first, stretch.end, self.window, self.stride, self.starts)
+                    windows = self.windows(stretch.first, stretch.end)
                     self.score_windows(windows[len(windows) * world.rank // world.size : len(windows) * (world.rank + 1) // world.size])
-                    self.adapted += (stretch.end - stretch.first) * (is_adapting and world.is_main)
+                    self.adapted += (stretch.end - stretch.first) * (self.is_adapting and world.is_main)
                 self.ledger.settle(stretch.first, stretch.end, world)
-                is_adapting = is_adapting and world.from_main(self.has_time(self.cost(stretch) / world.size, (self.inputs - stretch.end) // world.size))
-                if stretch.lr_scales and is_adapting:
-                    self.learn(stretch)
+                if stretch.lr_scales and self.is_adapting:
+                    has_time = self.has_time(self.learning_cost(stretch) / world.size, sum(reads[number + 1 :]) / world.size)
+                    self.is_adapting = world.from_main(has_time)
+                    if self.is_adapting:
+                        self.learn(stretch)
         finally:
             for parameter, weight in zip(self.model.parameters(), before, strict=False):
                 parameter.data.copy_(weight)
@@ -4481,14 +4499,22 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
 # -- The rules of the challenge (its issue #1017), checked on the very artifact and evaluation that give the score.
 
 
-def total_probability(evaluator: Evaluator, batch: Batch, adapters: Adapters | None) -> Tensor:
-    """Returns the sum over all tokens of the probability that the scores give them, at every position of the first row: (T,) float64."""
+def check_distribution(evaluator: Evaluator, batch: Batch, adapters: Adapters | None) -> float:
+    """Returns how far the probabilities of all tokens are from adding up to 1 at any position of the first row. Raises Violation if that is far, or if
+    the score of the target is not that of its probability among them.
+    """
     row = Batch(batch.tokens[:1], batch.targets[:1], None if batch.hints is None else batch.hints[:1])
-    total = torch.zeros(row.tokens.shape[1], dtype=torch.float64, device=row.tokens.device)
+    every = torch.arange(evaluator.config.vocab_size, device=row.tokens.device).expand(*row.tokens.shape, -1)
     with torch.no_grad():
-        for token in range(evaluator.config.vocab_size):
-            total += evaluator.nats(row._replace(targets=torch.full_like(row.targets, token)), adapters)[1][0].double().neg().exp()
-    return total
+        nats = evaluator.nats(row._replace(targets=every.contiguous()), adapters)[1].double()
+        scores = evaluator.nats(row, adapters)[1].double()
+    totals = nats.neg().exp().sum(dim=-1)
+    worst = int((totals - 1).abs().argmax())
+    if not bool(((totals - 1).abs() < 1e-3).all()):
+        raise Violation(f"C2, normalisation: the probabilities of all tokens sum to {float(totals.flatten()[worst]):.6f}")
+    if not torch.allclose(nats.gather(2, row.targets[..., None])[..., 0], scores, rtol=1e-4, atol=1e-3):
+        raise Violation("C2, normalisation: the score of a target is not that of its probability among those of all tokens")
+    return float((totals - 1).abs().max())
 
 
 def audit(run: Run, new_evaluator: Callable[[ValData], Evaluator], val: ValData) -> None:
@@ -4532,11 +4558,8 @@ def audit(run: Run, new_evaluator: Callable[[ValData], Evaluator], val: ValData)
             if len(differing):
                 raise Violation(f"C1, causality: the score of target {differing[0] + 1} depends on tokens after {cut} ({len(differing)} such scores)")
         run.log.note(f"audit: C1 holds: at {AUDIT_CUTS} cuts of {len(nats):,} targets, no score before the cut depends on what comes after it")
-        totals = total_probability(evaluator, *last[0])
-        worst = float((totals - 1).abs().max())
-        if not worst < 1e-3:
-            raise Violation(f"C2, normalisation: the probabilities of all tokens sum to {float(totals[(totals - 1).abs().argmax()]):.6f}")
-        run.log.note(f"audit: C2 holds: at {len(totals)} positions the probabilities of all {config.vocab_size} tokens sum to 1, to {worst:.1e}")
+        worst = check_distribution(evaluator, *last[0])
+        run.log.note(f"audit: C2 holds: in the last row scored the probabilities of all {config.vocab_size} tokens sum to 1, to {worst:.1e}")
     finally:
         watching = False
     if touched:
