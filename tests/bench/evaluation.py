@@ -1,0 +1,134 @@
+"""Compares evaluations on trained checkpoints: bits per byte, seconds, and what the settings of test-time training do.
+
+    python tests/bench/evaluation.py runs/A/checkpoint.pt [runs/B/checkpoint.pt ...] [--tokens 65536]      every row of the table below
+    python tests/bench/evaluation.py --table                                                             only write the page again
+
+The text is the first targets of the checkpoint's validation split (DATA_PATH), the weights are those of the checkpoint before quantisation. Finished
+rows are kept in records/evaluation_cpu/results.jsonl and are not measured again. `forward` is the seconds that one forward pass over the text takes
+in chunks, so that cost / forward says how many passes an evaluation is worth.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+FOLDER = ROOT / "records" / "evaluation_cpu"
+RESULTS = FOLDER / "results.jsonl"
+BASE = {"ttt_lora_rank": 32, "ttt_lora_lr": 3e-4, "ttt_chunk_tokens": 2048}
+# label -> evaluation and what it changes
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chunked": ("chunked", {}),
+    "sliding, stride 64": ("sliding", {}),
+    "sliding, stride 16": ("sliding", {"eval_stride": 16}),
+    "sliding, tilt 1 (order 8)": ("sliding", {"tilt_boost": 1.0}),
+    "sliding, tilt 2 (order 8)": ("sliding", {"tilt_boost": 2.0}),
+    "sliding, negative softcap 20": ("sliding", {"eval_softcap_negative": 20.0}),
+    "sliding, 512 tokens": ("sliding", {"eval_seq_len": 512}),
+    "sliding, 512 tokens, ntk": ("sliding", {"eval_seq_len": 512, "rope_scaling": "ntk"}),
+    "sliding, 512 tokens, yarn": ("sliding", {"eval_seq_len": 512, "rope_scaling": "yarn"}),
+    "ttt_sgd, rate 0.005": ("ttt_sgd", {"ttt_lr": 0.005}),
+    "ttt_sgd, rate 0.02": ("ttt_sgd", {"ttt_lr": 0.02}),
+    "ttt_sgd, rate 0.05": ("ttt_sgd", {"ttt_lr": 0.05}),
+    "ttt_lora": ("ttt_lora", {}),
+    "ttt_lora, rate 0.0001": ("ttt_lora", {"ttt_lora_lr": 1e-4}),
+    "ttt_lora, rate 0.001": ("ttt_lora", {"ttt_lora_lr": 1e-3}),
+    "ttt_lora, rank 8": ("ttt_lora", {"ttt_lora_rank": 8, "ttt_lora_alpha": 36.0}),
+    "ttt_lora, rank 80": ("ttt_lora", {"ttt_lora_rank": 80, "ttt_lora_alpha": 360.0}),
+    "ttt_lora, chunk 16": ("ttt_lora", {"ttt_lora_chunk_tokens": 16}),
+    "ttt_lora, chunk 96": ("ttt_lora", {"ttt_lora_chunk_tokens": 96}),
+    "ttt_lora, warm A": ("ttt_lora", {"ttt_lora_warm_a": True}),
+    "ttt_lora, head only": ("ttt_lora", {"ttt_lora_targets": "head"}),
+    "ttt_lora, without head": ("ttt_lora", {"ttt_lora_targets": "q,k,v,out,up,gate,down"}),
+    "ttt_phased": ("ttt_phased", {"ttt_prefix_docs": 30, "ttt_phases": 3, "ttt_lr": 0.02}),
+    "ttt_phased, tilt 1": ("ttt_phased", {"ttt_prefix_docs": 30, "ttt_phases": 3, "ttt_lr": 0.02, "tilt_boost": 1.0}),
+}
+
+
+def measure(path: Path, tokens: int, done: set[tuple[str, str]]) -> None:
+    """Scores a checkpoint under every row that is not done."""
+    saved = train_gpt.read_checkpoint(path)
+    known = {declared.name for declared in fields(train_gpt.Config)}
+    settings = {name: value for name, value in saved["settings"].items() if name in known}
+    base = replace(train_gpt.Config(**settings), compile=False, qat_start_frac=1.0, eval_stride=64, **BASE)
+    whole = train_gpt.load_val(base)
+    val = train_gpt.ValData(whole.tokens[: tokens + 1], whole.target_bytes[:tokens])
+    model = train_gpt.GPT(base)
+    train_gpt.load_weights(model, saved["state"]["model"])
+    world, name = train_gpt.World("cpu"), f"seed{settings['seed']}-{saved['step']}"
+    for label, (evaluation, changes) in ROWS.items():
+        if (name, label) in done:
+            continue
+        config = replace(base, final_eval=evaluation, **changes)
+        problems = train_gpt.validate(config)
+        if problems:
+            raise SystemExit("\n".join(problems))
+        model.config = replace(
+            config, logit_softcap=config.eval_softcap or config.logit_softcap, logit_softcap_negative=config.eval_softcap_negative
+        )
+        run = train_gpt.Run(config, world, train_gpt.Log(None), Path(), train_gpt.StopSignals(), "")
+        score = train_gpt.Evaluator(run, model, model, val, evaluation, train_gpt.Schedule(config).scored_phase).score()
+        row = {"checkpoint": name, "label": label, "targets": score.targets, "val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds}
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{name}  {label}: loss {score.val_loss:.4f}  bpb {score.val_bpb:.4f}  {score.seconds:.1f} s", flush=True)
+
+
+def write_page() -> None:
+    """Writes the table from all results."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    by_label: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], {})[row["checkpoint"]] = row
+    chunked, sliding = by_label["chunked"], by_label["sliding, stride 64"]
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.mean(values):+.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+    lines = [
+        "# Evaluations compared, on a CPU", "",
+        f"Written by `python tests/bench/evaluation.py --table`. Checkpoints: {', '.join(sorted(chunked))}; the first {rows[0]['targets']:,} targets of the",
+        "validation split. Unless a row says otherwise: windows as long as the rows of training, LoRA of rank 32 on every projection and the head, rate",
+        "0.0003, chunks of 48 tokens; SGD on chunks of 2,048 tokens, 3 steps each. Mean ± standard deviation of the paired difference from sliding windows.",
+        "Scores of our text are comparable with each other only.", "",
+        "| evaluation | n | bpb | against sliding | s per million targets | forward passes |", "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for label in ROWS:
+        found = by_label.get(label, {})
+        names = sorted(set(found) & set(sliding))
+        if names:
+            bpb = statistics.mean(found[name]["val_bpb"] for name in names)
+            change = spread([found[name]["val_bpb"] - sliding[name]["val_bpb"] for name in names])
+            pace = statistics.mean(found[name]["seconds"] / found[name]["targets"] * 1e6 for name in names)
+            passes = statistics.mean(found[name]["seconds"] / chunked[name]["seconds"] for name in names)
+            lines.append(f"| {label} | {len(names)} | {bpb:.4f} | {change} | {pace:,.0f} | {passes:.1f} |")
+    (FOLDER / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measures what is asked for, and writes the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("checkpoints", nargs="*", type=Path)
+    parser.add_argument("--tokens", type=int, default=65536, help="targets that are scored")
+    parser.add_argument("--table", action="store_true", help="only write the page")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    RESULTS.touch()
+    done = {(row["checkpoint"], row["label"]) for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    for path in [] if arguments.table else arguments.checkpoints:
+        measure(path, arguments.tokens, done)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
