@@ -210,9 +210,8 @@ def test_phased_learns_from_whole_documents_of_the_prefix_at_rates_that_fall_wit
     learnt = [Stretch(0, 25, (1.0, pytest.approx(0.75), pytest.approx(0.25))), Stretch(25, 31, (1.0,))]
     assert train_gpt.plan_stretches(config, "ttt_phased", 60, starts) == [*learnt, Stretch(31, 60)]
     # The last document is never learnt from, and there are no more phases than documents.
-    assert train_gpt.plan_stretches(config, "ttt_phased", 30, starts[:3]) == [Stretch(0, 3, (1.0,)), learnt[0]._replace(first=3), Stretch(25, 30)][:0] + (
-        train_gpt.plan_stretches(replace(config, ttt_prefix_docs=2), "ttt_phased", 30, starts[:3])
-    )
+    short = [Stretch(0, 3, (1.0,)), Stretch(3, 25, learnt[0].lr_scales), Stretch(25, 30)]
+    assert train_gpt.plan_stretches(replace(config, ttt_phases=9), "ttt_phased", 30, starts[:3]) == short
     assert train_gpt.plan_stretches(config, "ttt_phased", 30, np.array([0])) == [Stretch(0, 30)]
 
 
@@ -314,7 +313,7 @@ import torch
 import train_gpt
 
 world = train_gpt.World("cpu")
-config, evaluations, ledgers, val = pickle.loads(Path(sys.argv[1]).read_bytes())
+evaluations, ledgers, val = pickle.loads(Path(sys.argv[1]).read_bytes())
 found = {}
 for label, (config, weights) in evaluations.items():
     model = train_gpt.GPT(config, torch.float64).double()
@@ -348,72 +347,76 @@ world.close()
 """
 
 
-def on_ranks(folder: Path, ranks: int, evaluations: dict[str, Config], ledgers: dict[str, Any], val: ValData) -> list[dict[str, Any]]:
-    """Returns what each rank finds for the cases: scores of a lively model under each configuration, and ledgers as they settle."""
-    script, work = folder / "ranks.py", folder / f"work-{ranks}"
-    script.write_text(RANKS, encoding="utf-8")
-    cases = {label: (config, lively_model(config).state_dict()) for label, config in evaluations.items()}
-    work.write_bytes(pickle.dumps((None, cases, ledgers, val)))
-    outcome = forked.start(script, [str(work)], clean_environment(), folder, ranks).finish()
-    assert outcome.codes == [0] * ranks, outcome.output
-    return [pickle.loads(work.with_name(f"{work.name}.{rank}").read_bytes()) for rank in range(ranks)]
-
-
-# A forward of one row each, and two rows a chunk: as many ranks then add up the same gradients in the same order.
+# A forward of one row each, and at most two rows a chunk: two ranks then add up the same gradients in the same order.
 ROW_BY_ROW: dict[str, Any] = {"val_batch_size": 1, "micro_batch_tokens": 16, "train_batch_tokens": 16, "ttt_chunk_tokens": 32}
 ON_RANKS = {
     "sliding": configured(**ROW_BY_ROW),
     "ttt_sgd": configured("ttt_sgd", **ROW_BY_ROW),
-    "ttt_lora": configured("ttt_lora"),
+    "ttt_lora": configured("ttt_lora", **TILT),
     "ttt_lora, warm": configured("ttt_lora", ttt_lora_warm_a=True, ttt_lora_batch_docs=1),
     "ttt_phased": configured("ttt_phased", **ROW_BY_ROW, ttt_phases=3),
     "other batches": configured("ttt_phased", **TILT, ttt_chunk_tokens=100),
 }
+AUDITED_ON_RANKS = {f"audit {name}": configured(name, audit=True, audit_tokens=64, ttt_lora_batch_docs=64) for name in EVALUATIONS}
 SETTLED = {
-    "shared": [[(0, 3)], [(3, 8)], [(8, 9)], []],
-    "scored by none": [[(1, 3)], [(4, 8)], [(8, 9)], []],
-    "scored by two": [[(1, 4)], [(3, 9)], [], []],
-    "scored by none and by two": [[(1, 4)], [(5, 9)], [(5, 6)], [(5, 7)]],
+    "shared": ([(0, 3), (8, 9)], [(3, 8)]),
+    "scored by none": ([(1, 3)], [(4, 9)]),
+    "scored by two": ([(1, 4)], [(3, 9)]),
+    "scored by none and by two": ([(1, 5)], [(2, 4), (6, 9)]),
 }
 
 
 @pytest.fixture(scope="module")
-def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What 1, 2 and 4 ranks find."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return {ranks: on_ranks(folder, ranks, ON_RANKS, SETTLED if ranks == 4 else {}, text()) for ranks in (1, 2, 4)}
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks finds for these cases: scores of a lively model and audits under each configuration, and ledgers as they settle."""
+    folder, configs = tmp_path_factory.mktemp("ranks"), {**ON_RANKS, **AUDITED_ON_RANKS}
+    script, work = folder / "ranks.py", folder / "work"
+    script.write_text(RANKS, encoding="utf-8")
+    cases = {label: (config, lively_model(config).state_dict()) for label, config in configs.items()}
+    work.write_bytes(pickle.dumps((cases, SETTLED, text())))
+    outcome = forked.start(script, [str(work)], clean_environment(), folder, ranks=2).finish()
+    assert outcome.codes == [0, 0], outcome.output
+    return [pickle.loads(work.with_name(f"work.{rank}").read_bytes()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("label", ON_RANKS)
-def test_any_number_of_ranks_gives_the_scores_of_one(by_ranks: dict[int, list[dict[str, Any]]], label: str) -> None:
-    """Bit for bit, where rows and the order of sums are the same. Four ranks are more than a chunk has rows."""
-    ((nats, total, _),) = (found[label] for found in by_ranks[1])
-    assert nats.all() and total.adapted_frac == 1
-    for found in by_ranks[2] + by_ranks[4]:
-        other_nats, other_total, is_restored = found[label]
-        assert is_restored
+def test_two_ranks_give_the_scores_of_one(on_two_ranks: list[dict[str, Any]], label: str) -> None:
+    """Bit for bit, where rows and the order of sums are the same. Some chunks have one row, and so nothing for the second rank."""
+    config = ON_RANKS[label]
+    evaluator = new_evaluator(config, lively_model(config), text())
+    total = evaluator.score()
+    for found in on_two_ranks:
+        nats, other_total, is_restored = found[label]
+        assert is_restored and other_total.adapted_frac == 1
         if label == "other batches":
-            np.testing.assert_allclose(other_nats, nats, rtol=1e-5, atol=1e-6)
-            assert other_total.val_bpb == pytest.approx(total.val_bpb, rel=1e-6)
+            np.testing.assert_allclose(nats, evaluator.ledger.nats, rtol=2e-6, atol=0)
+            assert other_total.val_bpb == pytest.approx(total.val_bpb, rel=1e-7)
         else:
-            assert (other_nats == nats).all() and other_total._replace(seconds=0) == total._replace(seconds=0)
+            assert (nats == evaluator.ledger.nats).all() and other_total._replace(seconds=total.seconds) == total
 
 
-def test_settling_brings_every_score_to_every_rank_and_refuses_targets_scored_by_none_or_by_two(by_ranks: dict[int, list[dict[str, Any]]]) -> None:
-    for rank, found in enumerate(by_ranks[4]):
+@pytest.mark.parametrize("label", AUDITED_ON_RANKS)
+def test_an_audit_on_two_ranks_finds_nothing_wrong(on_two_ranks: list[dict[str, Any]], label: str) -> None:
+    """Also where one of them has nothing to score."""
+    assert [found[label] for found in on_two_ranks] == [None, None]
+
+
+def test_settling_brings_every_score_to_every_rank_and_refuses_targets_scored_by_none_or_by_two(on_two_ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(on_two_ranks):
         nats, written = found["shared"]
         assert nats == [0.5 if rank == 0 else 0, *(index + 0.5 for index in range(1, 9)), 0] and written == [rank == 0, *[True] * 8, False]
-        assert found["scored by none"] == found["scored by two"] == "1 targets of inputs 1 to 9 are not scored exactly once"
-        assert found["scored by none and by two"] == "3 targets of inputs 1 to 9 are not scored exactly once"
+        for label, wrong in (("scored by none", 1), ("scored by two", 1), ("scored by none and by two", 3)):
+            assert found[label] == f"{wrong} targets of inputs 1 to 9 are not scored exactly once"
 
 
 @pytest.mark.parametrize("costs", [[5, 3, 3, 2, 2, 1], [1] * 10, [9, 1, 1], [4]])
 def test_ranks_share_work_once_dearest_first_and_evenly(costs: list[float]) -> None:
     world = train_gpt.World("cpu")
     assert world.share_of(costs) == sorted(range(len(costs)), key=lambda number: -costs[number])
-    for world.size in (2, 3, 4):
+    for size in (2, 3, 4):
         shares = []
-        for world.rank in range(world.size):
+        for rank in range(size):
+            world.rank, world.size = rank, size
             shares.append(world.share_of(costs))
         assert sorted(itertools.chain(*shares)) == list(range(len(costs)))
         assert all(costs[one] >= costs[two] for share in shares for one, two in itertools.pairwise(share))
@@ -439,14 +442,15 @@ def unrolled(model: train_gpt.GPT, phase: Phase) -> train_gpt.GPT:
     return twin
 
 
-def adapted_names(twin: train_gpt.GPT, slots: Sequence[Any]) -> list[tuple[str, Any]]:
+def adapted_matrices(twin: train_gpt.GPT, slots: Sequence[Any]) -> list[tuple[str, Any]]:
     """Returns (name of a matrix, its LowRank), in the order of slots."""
-    names = list(train_gpt.weight_parts(twin))
-    return [
-        (next(name for name in names if name.endswith(f"{projection}.weight") and name.startswith(f"blocks.{slot}." if slot + 1 < len(slots) else "head")), part)
-        for slot, parts in enumerate(slots)
-        for projection, part in parts.items()
-    ]
+    found = []
+    for slot, parts in enumerate(slots):
+        for projection, part in parts.items():
+            block = f"blocks.{slot}." if slot + 1 < len(slots) else ""
+            (name,) = (name for name in train_gpt.weight_parts(twin) if name.startswith(block) and name.endswith(f"{projection}.weight"))
+            found.append((name, part))
+    return found
 
 
 def adapt_one_by_one(
@@ -458,7 +462,7 @@ def adapt_one_by_one(
     """
     phase, size = train_gpt.Schedule(config).scored_phase, config.ttt_lora_chunk_tokens
     twin = unrolled(model, phase)
-    places = adapted_names(twin, train_gpt.DocumentAdapters(model, phase, 1).slots)
+    places = adapted_matrices(twin, train_gpt.DocumentAdapters(model, phase, 1).slots)
     plain, scores = dict(twin.named_parameters()), {}
     for number, (first, end) in enumerate(spans):
         factors = []
@@ -495,19 +499,15 @@ def in_text_order(scores: dict[int, list[float]]) -> list[float]:
 @with_exact_numbers
 @pytest.mark.parametrize(
     "features",
-    [{}, {"num_loops": 1, "loop_start": 0, "loop_end": 1}, {"tie_embeddings": False, "swiglu": True, "ttt_lora_weight_decay": 3.0}, {"num_layers": 4, "embed_rank": 5}],
-    ids=["plain", "looped", "untied", "factored"],
+    [{}, {"num_loops": 1, "loop_start": 0, "loop_end": 1}, {"tie_embeddings": False, "swiglu": True, "ttt_lora_weight_decay": 3.0}],
+    ids=["tied", "looped", "untied"],
 )  # fmt: skip
 def test_each_document_is_scored_with_adapters_that_follow_a_reference_of_its_own(features: dict[str, Any]) -> None:
     """Where a layer runs twice, each pass has adapters of its own; the head's do not change the embedding."""
     config, val = configured("ttt_lora", **features), text()
     model = lively_model(config)
-    if config.embed_rank:  # the head's adapters read the stream, not what the table is multiplied with
-        expected = score(replace(config, ttt_lora_batch_docs=1), model, val)
-    else:
-        expected = np.array(in_text_order(adapt_one_by_one(config, model, val, SPANS)))
     found = score(config, model, val)
-    np.testing.assert_allclose(found, expected, **FLOAT32)
+    np.testing.assert_allclose(found, in_text_order(adapt_one_by_one(config, model, val, SPANS)), **FLOAT32)
     assert np.abs(found - score(replace(config, final_eval="sliding"), model, val)).mean() > 0.01
 
 
@@ -593,7 +593,8 @@ def test_warm_a_goes_on_within_streams_in_text_order(monkeypatch: pytest.MonkeyP
     found = score(config, model, val)
     np.testing.assert_allclose(found, expected, **FLOAT32)
     cold = score(replace(config, ttt_lora_warm_a=False), model, val)
-    assert [bool((found[first:end] != cold[first:end]).any()) for first, end in SPANS[:5]] == [False, False, False, True, True]
+    # The fifth document follows one of a single token.
+    assert [bool((found[first:end] != cold[first:end]).any()) for first, end in SPANS[:5]] == [False, False, False, True, False]
 
 
 def test_warm_a_goes_on_when_a_phase_has_fewer_documents_than_a_batch() -> None:
@@ -601,17 +602,18 @@ def test_warm_a_goes_on_when_a_phase_has_fewer_documents_than_a_batch() -> None:
     assert score(config, lively_model(config), val).all()
 
 
-def test_a_compiled_model_meets_few_shapes_whatever_the_lengths_of_documents() -> None:
-    """Each combination of shapes and gradients is a graph; beyond 32 of them the compiler gives up."""
-    config, val = configured("ttt_lora", ttt_lora_batch_docs=16), text([*range(1, 81), *range(40, 20, -1)])
+def test_a_model_meets_fewer_shapes_than_the_compiler_bears_whatever_the_lengths_of_documents() -> None:
+    """Each combination of shapes and gradients is a graph of its own."""
+    config, val = configured("ttt_lora", compile=True, ttt_lora_batch_docs=64, ttt_lora_rank=1, ttt_lora_targets="q"), text(range(1, 200, 4))
     model, shapes = lively_model(config), set()
 
     def forward(tokens: torch.Tensor, targets: torch.Tensor, phase: Phase, adapters: Any = None) -> torch.Tensor:
-        shapes.add((tuple(tokens.shape), torch.is_grad_enabled(), adapters is None))
+        shapes.add((tuple(tokens.shape), torch.is_grad_enabled()))
         return model(tokens, targets, phase, adapters)
 
     new_evaluator(config, model, val, forward=forward).score()
-    assert len(shapes) <= 32
+    train_gpt.compiled(model, config)  # sets the limit
+    assert len(shapes) <= torch._dynamo.config.recompile_limit
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -749,6 +751,7 @@ def test_hints_of_a_long_text_with_many_contexts_are_what_came_last(alphabet: in
     assert (train_gpt.hints_of(tokens, order, 1) == expected).all()
 
 
+@with_exact_numbers
 @pytest.mark.parametrize("boost", [0.7, 8.0])
 def test_tilted_probabilities_follow_the_formula_and_sum_to_one(boost: float) -> None:
     config, val = configured(tilt_boost=boost, tilt_order=2), text()
@@ -778,7 +781,7 @@ def test_a_tilt_changes_the_scores_at_hints_alone_and_nothing_that_is_learnt(nam
     config, val = configured(name, tilt_order=2, tilt_count=2), text()
     model = lively_model(config)
     plain, tilted = score(config, model, val), score(replace(config, tilt_boost=2.0), model, val)
-    hints = np.array(hints_by_dictionary(val.tokens, 2, 2))
+    hints = train_gpt.hints_of(val.tokens, 2, 2)
     np.testing.assert_allclose(tilted[hints < 0], plain[hints < 0], **FLOAT32)
     hit, missed = hints == val.tokens[1:], (hints >= 0) & (hints != val.tokens[1:])
     assert hit.sum() > 10 and missed.sum() > 10 and (tilted[hit] < plain[hit]).all() and (tilted[missed] > plain[missed]).all()
@@ -812,56 +815,65 @@ class Meter:
         return forward
 
 
+def score_documents_alone(config: Config, model: train_gpt.GPT, val: ValData, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns what windows give each document as if it were all of the text."""
+    alone = [ValData(val.tokens[first : end + 1], val.target_bytes[first:end]) for first, end in spans]
+    return np.concatenate([score(replace(config, final_eval="sliding", eval_seconds=0.0), model, document) for document in alone])
+
+
 @with_exact_numbers
 @pytest.mark.parametrize("name", ADAPTING)
 def test_without_time_nothing_is_learnt_and_every_target_scores_as_without_adaptation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, val = configured(name, eval_seconds=1e-6), text()
     model, meter = lively_model(config), Meter(monkeypatch)
-    unmoved = replace(config, eval_seconds=0.0, **({"ttt_lr": 0.0} if name == "ttt_sgd" else {"final_eval": "sliding"}))
+    if name == "ttt_sgd":
+        expected = score(replace(config, eval_seconds=0.0, ttt_lr=0.0), model, val)
+    else:
+        expected = score_documents_alone(config, model, val, SPANS)
     evaluator = new_evaluator(config, model, val, forward=meter.metered(model), plain_seconds=1.0)
     found = evaluator.score()
-    np.testing.assert_allclose(evaluator.ledger.nats, score(unmoved, model, val), **FLOAT32)
-    assert found.targets == INPUTS and found.adapted_frac == (40 / INPUTS if name == "ttt_sgd" else 0)
+    np.testing.assert_allclose(evaluator.ledger.nats, expected, **FLOAT32)
+    assert found.targets == INPUTS and found.adapted_frac == (40 / INPUTS if name == "ttt_sgd" else 0), "the first chunk comes before all learning"
 
 
 @with_exact_numbers
 @pytest.mark.parametrize("name", ADAPTING)
-def test_adaptation_ends_in_time_and_the_rest_is_scored_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, val = configured(name), text()
+def test_adaptation_ends_in_time_for_the_rest_to_be_scored_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [48, 40, 32, 48, 16, 40, 48, 32, 40, 16, 48, 32]
+    config, val = configured(name), text(lengths)
     model, meter = lively_model(config), Meter(monkeypatch)
 
-    def seconds_of(config: Config) -> tuple[Score, np.ndarray]:
-        evaluator = new_evaluator(config, model, val, forward=meter.metered(model), plain_seconds=plain)
+    def timed(config: Config, plain_seconds: float = 0.0) -> tuple[Score, np.ndarray]:
+        evaluator = new_evaluator(config, model, val, forward=meter.metered(model), plain_seconds=plain_seconds)
         return evaluator.score(), evaluator.ledger.nats
 
-    plain = 0.0
-    chunked, _ = seconds_of(replace(config, final_eval="chunked"))
-    plain = chunked.seconds / INPUTS
-    whole, adapted = seconds_of(config)
+    chunked, _ = timed(replace(config, final_eval="chunked"))
+    whole, adapted = timed(config)
     fracs = []
-    for share in (0.4, 0.6, 0.8, 0.95):
-        limited, nats = seconds_of(replace(config, eval_seconds=share * whole.seconds))
-        assert limited.targets == INPUTS and nats.all()
-        assert limited.seconds <= share * whole.seconds
+    for share in (0.7, 0.8, 0.9):
+        limit = share * whole.seconds
+        limited, nats = timed(replace(config, eval_seconds=limit), chunked.seconds / chunked.targets)
+        assert limited.targets == sum(lengths) and nats.all()
+        assert limited.seconds <= 1.02 * limit, "the pace is an estimate"
         fracs.append(limited.adapted_frac)
     assert fracs == sorted(fracs) and 0 < fracs[-1] < 1
-    enough, nats = seconds_of(replace(config, eval_seconds=2 * whole.seconds))
+    enough, nats = timed(replace(config, eval_seconds=2 * whole.seconds), chunked.seconds / chunked.targets)
     assert enough.adapted_frac == whole.adapted_frac == 1 and (nats == adapted).all()
 
 
 @with_exact_numbers
-def test_of_documents_that_time_divides_each_is_adapted_to_wholly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_time_ends_each_document_is_adapted_to_wholly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     config, val = configured("ttt_lora", ttt_lora_batch_docs=2), text()
     model, meter = lively_model(config), Meter(monkeypatch)
-    adapted, plain = score(config, model, val), score(replace(config, final_eval="sliding"), model, val)
-    evaluator = new_evaluator(replace(config, eval_seconds=1500.0), model, val, forward=meter.metered(model), plain_seconds=1.0)
+    adapted, plain = score(config, model, val), score_documents_alone(config, model, val, SPANS)
+    evaluator = new_evaluator(replace(config, eval_seconds=800.0), model, val, forward=meter.metered(model), plain_seconds=1.0)
     found = evaluator.score()
-    with_adapters = [np.allclose(evaluator.ledger.nats[first:end], adapted[first:end], **FLOAT32) for first, end in SPANS]
-    without = [np.allclose(evaluator.ledger.nats[first:end], plain[first:end], **FLOAT32) for first, end in SPANS]
-    longer = [first for first, end in SPANS if end - first > 4]  # than a chunk: the others cannot be told
-    assert all(one != other for one, other, (first, _) in zip(with_adapters, without, SPANS, strict=True) if first in longer)
-    told = sum(end - first for (first, end), is_adapted in zip(SPANS, with_adapters, strict=True) if first in longer and is_adapted)
-    assert 0 < told / INPUTS <= found.adapted_frac < 1
+    taken = 0
+    for first, end in SPANS:
+        is_adapted, is_plain = (np.allclose(evaluator.ledger.nats[first:end], nats[first:end], **FLOAT32) for nats in (adapted, plain))
+        assert is_adapted != is_plain or (is_adapted and end - first <= 4), "one chunk is the same with and without"
+        taken += (end - first) * (is_adapted and not is_plain)
+    assert 0 < taken / INPUTS == found.adapted_frac < 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1015,7 +1027,7 @@ class Connects(Evaluator):
         ("sliding", ScoresTwice, "would be scored twice; a target is scored once, in one pass"),
         ("ttt_lora", ScoresTwice, "would be scored twice"),
         ("sliding", Unnormalised, "C2, normalisation"),
-        ("chunked", ScoresTheTargetHigher, r"C2, normalisation: the probabilities of all tokens sum to 2\.718282"),
+        ("chunked", ScoresTheTargetHigher, "C2, normalisation: the probabilities of all tokens sum to 2"),
         ("sliding", Connects, "the evaluation touched socket.connect"),
     ],
 )
@@ -1053,14 +1065,8 @@ def test_the_audit_finds_hints_that_look_at_the_target_or_beyond(ahead: int, mon
 def test_the_audit_finds_that_a_training_shard_is_opened(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(**AUDITED)
     monkeypatch.setattr(OpensTrainingText, "shard", corpus / "fineweb_train_000001.bin")
-    with pytest.raises(Violation, match="the evaluation touched open .*fineweb_train_000001.bin"):
+    with pytest.raises(Violation, match=r"the evaluation touched open .*fineweb_train_000001\.bin"):
         audited(config, lively_model(config), text(), OpensTrainingText)
     monkeypatch.setattr(OpensTrainingText, "shard", corpus / "fineweb_val_000000.bin")
     assert len(audited(config, lively_model(config), text(), OpensTrainingText)) == 3
     np.fromfile(corpus / "fineweb_train_000001.bin", dtype=np.uint8)  # after the audit nothing watches
-
-
-def test_the_audit_of_ranks_without_work_finds_nothing_wrong(tmp_path: Path) -> None:
-    cases = {name: configured(name, audit=True, audit_tokens=64, ttt_lora_batch_docs=64) for name in EVALUATIONS}
-    for found in on_ranks(tmp_path, 2, cases, {}, text([30, 35])):
-        assert found == dict.fromkeys(EVALUATIONS)

@@ -2,6 +2,7 @@
 
     python tests/bench/quantisation.py runs/A/checkpoint.pt [runs/B/checkpoint.pt ...]      every scheme x coder, and each role alone
     python tests/bench/quantisation.py --curve runs/A/checkpoint.pt ...                     the tax from 1.5 to 4 bits per weight, gptq against rate
+    python tests/bench/quantisation.py --loops runs/A/checkpoint.pt ...                     of looped layers: how the error grows from pass to pass
     python tests/bench/quantisation.py --table                                              only write the tables and plots again
 
 The bytes to meet are those of `gptq` with the constants of the public records (6 and 7 bits, 11.5 / 13 / 14 standard deviations) and the best byte
@@ -341,6 +342,39 @@ def measure_curve(bench: Bench) -> None:
                     **costs(bench, outcome.stored)})  # fmt: skip
 
 
+def stream_errors(bench: Bench, stored: Mapping[str, Stored]) -> list[float]:
+    """Returns how far the stream is off after each pass through the looped layers, relative to its size, when all weights are stored."""
+    other = train_gpt.GPT(bench.config)
+    weights = {name: p.detach() for name, p in bench.model.named_parameters()}
+    train_gpt.load_weights(other, {**weights, **{name: entry.weight() for name, entry in stored.items()}})
+    streams: list[list[Tensor]] = []
+    for model in (bench.model, other):
+        streams.append([])
+        hook = model.blocks[bench.config.loop_end].register_forward_hook(lambda module, inputs, lanes, into=streams[-1]: into.append(lanes[0]))
+        with torch.inference_mode():
+            model.logits(bench.rows[:16, :-1], train_gpt.Schedule(bench.config).scored_phase)
+        hook.remove()
+    return [float((after - before).norm() / before.norm()) for before, after in zip(*streams, strict=True)]
+
+
+def measure_loops(bench: Bench) -> None:
+    """Measures plain rounding, gptq and rate on a model with looped layers."""
+    done = {(row["checkpoint"], row["row"]) for row in read_results()}
+    attempts: dict[str, Callable[[], Outcome]] = {}
+    for bits in (4, 5, 6, 8):
+        settings = {"matrix_bits": bits, "embed_bits": bits}
+        attempts[f"rowmax int{bits}"] = partial(clipped(bench, "rowmax", CODERS["range"], **settings), 1.0)
+    for bits in (2.0, 3.0, 4.0):
+        budget = int(bits * bench.weights / 8)
+        attempts[f"gptq {bits}"] = partial(meet, budget, bench.weights, 2.0 ** (3.5 - bits), clipped(bench, "gptq", CODERS["range"]), passes=10)
+        attempts[f"rate {bits}"] = partial(meet, budget, bench.weights, first_step(bench, budget), rated(bench), passes=10)
+    for name, attempt in attempts.items():
+        if (bench.name, f"loops {name}") not in done:
+            outcome = attempt()
+            sizes = {"bytes": outcome.bytes, "bits_per_weight": 8 * outcome.bytes / bench.weights}
+            append({"checkpoint": bench.name, "row": f"loops {name}", **sizes, **costs(bench, outcome.stored), "passes": stream_errors(bench, outcome.stored)})
+
+
 def read_results() -> list[dict[str, Any]]:
     """Returns every finished row."""
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
@@ -375,8 +409,8 @@ def by_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 def write_page() -> None:
     """Writes records/quantisation_cpu/README.md and its plot from the finished rows."""
     groups = by_row(read_results())
-    checkpoints = sorted({row["checkpoint"] for row in read_results()})
-    table = {name: rows for name, rows in groups.items() if not name.startswith("curve") and "kl" in rows[0]}
+    table = {name: rows for name, rows in groups.items() if not name.startswith(("curve", "loops")) and "kl" in rows[0]}
+    checkpoints = sorted({row["checkpoint"] for rows in table.values() for row in rows})
     lines = [
         "# Quantisers and coders at equal bytes, on a CPU", "",
         f"Written by `python tests/bench/quantisation.py --table`. Checkpoints: {', '.join(checkpoints)}.",
@@ -417,6 +451,16 @@ def write_page() -> None:
             lines.append(f"| {rate} | {len(ours)} | {spread([r['kl'] for r in plain], 3)} | {spread([r['kl'] for r in ours], 3)} | {means[0] / means[1]:.1f} |")
         lines += ["", "![KL against bits per weight](curve.png)"]
         plot_curve(curve)
+    loops = {name.removeprefix("loops "): rows for name, rows in groups.items() if name.startswith("loops")}
+    if loops:
+        looped = ", ".join(sorted({row["checkpoint"] for rows in loops.values() for row in rows}))
+        lines += ["", f"A model whose layers run several times ({looped}; `range` coder):"]
+        lines += ["how far the stream is off after each pass, relative to its size, and what that costs.", ""]
+        lines += ["| scheme | bits/weight | error after pass 1, 2, 3 ... | KL | proxy / KL |", "|---|---:|---:|---:|---:|"]
+        for name, (row, *_) in sorted(loops.items(), key=lambda entry: entry[1][0]["bits_per_weight"]):
+            errors = ", ".join(f"{error:.4f}" for error in row["passes"])
+            scheme = name.split()[0] if "." in name else name
+            lines.append(f"| {scheme} | {row['bits_per_weight']:.2f} | {errors} | {row['kl']:.3g} | {row['proxy'] / row['kl']:.2f} |")
     (FOLDER / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(f"wrote {FOLDER / 'README.md'}")
 
@@ -446,6 +490,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--curve", action="store_true", help="the tax from 1.5 to 4 bits per weight")
+    parser.add_argument("--loops", action="store_true", help="looped layers: how the error grows from pass to pass")
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of the validation split")
     parser.add_argument("--calibration-tokens", type=int, default=131072)
@@ -454,7 +499,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for path in arguments.checkpoints:
         bench = open_bench(path, arguments.eval_tokens, arguments.calibration_tokens)
-        (measure_curve if arguments.curve else measure)(bench)
+        (measure_curve if arguments.curve else measure_loops if arguments.loops else measure)(bench)
     write_page()
 
 
