@@ -4480,6 +4480,9 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
         c, logit_softcap=config.eval_softcap or c.logit_softcap, logit_softcap_negative=config.eval_softcap_negative or c.logit_softcap_negative
     )
     forward, phase = compiled(model, config), Schedule(config).scored_phase
+    silent = int(((val.target_bytes == 0) & (val.tokens[1:] != config.bos_id)).sum())
+    if silent:
+        run.log.note(f"{silent:,} of {len(val.target_bytes):,} targets stand for no text, being unknown to the tokenizer: they cost nats and count no bytes")
     names = ["chunked", *["sliding"] * bool(config.documents_file), config.final_eval]
     scores: dict[str, Score] = {}
     evaluators: dict[str, Evaluator] = {}

@@ -760,8 +760,9 @@ def test_tilted_probabilities_follow_the_formula_and_sum_to_one(boost: float) ->
     batch = evaluator.read(np.array([(0, 0, 16), (12, 12, 28), (100, 100, 110)]), WINDOW)
     with torch.no_grad():
         plain = model.logits(batch.tokens, evaluator.phase).softmax(dim=-1)
-        found = torch.stack([evaluator.nats(batch._replace(targets=torch.full_like(batch.targets, token)))[1].neg().exp() for token in range(24)], dim=-1)
-        loss, _ = evaluator.nats(batch)
+        every = torch.arange(24).expand(3, WINDOW, 24)
+        found = evaluator.nats(batch._replace(targets=every))[1].neg().exp()
+        loss, scores = evaluator.nats(batch)
     expected = plain.clone()
     for place in torch.nonzero(batch.hints >= 0).tolist():
         hint = int(batch.hints[*place])
@@ -770,10 +771,8 @@ def test_tilted_probabilities_follow_the_formula_and_sum_to_one(boost: float) ->
     assert 10 < int((batch.hints >= 0).sum()) < batch.hints.numel()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(3, WINDOW, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(loss, -plain.gather(2, batch.targets[..., None])[..., 0].log(), rtol=1e-12, atol=0)
-    for row in range(3):
-        total = train_gpt.total_probability(evaluator, train_gpt.Batch(*(part[row:] for part in batch)), None)
-        assert total.shape == (WINDOW,) and (total - 1).abs().max() < 1e-12
+    for nats, probabilities in ((loss, plain), (scores, expected)):
+        torch.testing.assert_close(nats, -probabilities.gather(2, batch.targets[..., None])[..., 0].log(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -781,6 +780,9 @@ def test_a_tilt_changes_the_scores_at_hints_alone_and_nothing_that_is_learnt(nam
     config, val = configured(name, tilt_order=2, tilt_count=2), text()
     model = lively_model(config)
     plain, tilted = score(config, model, val), score(replace(config, tilt_boost=2.0), model, val)
+    if name == "chunked":
+        assert (tilted == plain).all(), "the evaluation that others are compared with has no tilt"
+        return
     hints = train_gpt.hints_of(val.tokens, 2, 2)
     np.testing.assert_allclose(tilted[hints < 0], plain[hints < 0], **FLOAT32)
     hit, missed = hints == val.tokens[1:], (hints >= 0) & (hints != val.tokens[1:])
@@ -831,6 +833,7 @@ def test_without_time_nothing_is_learnt_and_every_target_scores_as_without_adapt
     else:
         expected = score_documents_alone(config, model, val, SPANS)
     evaluator = new_evaluator(config, model, val, forward=meter.metered(model), plain_seconds=1.0)
+    meter.now = 1.0  # what little has been done took time
     found = evaluator.score()
     np.testing.assert_allclose(evaluator.ledger.nats, expected, **FLOAT32)
     assert found.targets == INPUTS and found.adapted_frac == (40 / INPUTS if name == "ttt_sgd" else 0), "the first chunk comes before all learning"
@@ -868,12 +871,118 @@ def test_where_time_ends_each_document_is_adapted_to_wholly_or_not_at_all(monkey
     adapted, plain = score(config, model, val), score_documents_alone(config, model, val, SPANS)
     evaluator = new_evaluator(replace(config, eval_seconds=800.0), model, val, forward=meter.metered(model), plain_seconds=1.0)
     found = evaluator.score()
-    taken = 0
+    taken = untold = 0
     for first, end in SPANS:
         is_adapted, is_plain = (np.allclose(evaluator.ledger.nats[first:end], nats[first:end], **FLOAT32) for nats in (adapted, plain))
         assert is_adapted != is_plain or (is_adapted and end - first <= 4), "one chunk is the same with and without"
         taken += (end - first) * (is_adapted and not is_plain)
-    assert 0 < taken / INPUTS == found.adapted_frac < 1
+        untold += (end - first) * (is_adapted and is_plain)
+    assert 0 < taken <= round(found.adapted_frac * INPUTS) <= taken + untold < INPUTS
+
+
+# Runs, and the files of scores
+
+
+@pytest.fixture(scope="module")
+def phased(run_here: Callable[..., Ended], reference: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run that scores the reference's artifact with everything that an evaluation can do."""
+    place = tmp_path_factory.mktemp("phased")
+    ended = run_here(place, **everything(reference, place))
+    assert ended.code == 0, ended.errors
+    return Finished(place / "runs" / "run", place / "scores.npy", ended.output)
+
+
+def everything(reference: Finished, place: Path) -> dict[str, Any]:
+    """Settings of a run with everything that an evaluation can do."""
+    adapting = {name.upper(): value for name, value in LEARNING.items() if name.startswith("ttt_")}
+    files = {"SCORES_FILE": place / "scores.npy", "DOCUMENTS_FILE": place / "documents.csv"}
+    return {
+        **adapting, **files, "STAGES": "eval", "ARTIFACT": reference.folder / "artifact.bin", "FINAL_EVAL": "ttt_phased", "AUDIT": 1, "AUDIT_TOKENS": 256,
+        "TILT_BOOST": 2, "TILT_ORDER": 3, "TTT_CHUNK_TOKENS": 64, "TTT_LORA_CHUNK_TOKENS": 8, "TTT_LORA_BATCH_DOCS": 8, "EVAL_SOFTCAP": 20,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def val(tiny: Start) -> ValData:
+    """The validation split of the corpus."""
+    return train_gpt.load_val(tiny())
+
+
+def test_the_result_is_that_of_the_final_evaluation_beside_the_others(phased: Finished) -> None:
+    result = phased.result()
+    assert list(result["scores"]) == ["chunked", "sliding", "ttt_phased"] == [event["name"] for event in phased.events("eval")]
+    assert (result["val_bpb"], result["quant_val_bpb"]) == tuple(result["scores"][name]["val_bpb"] for name in ("ttt_phased", "chunked"))
+    assert result["adapted_frac"] == 1 and len({score["val_bpb"] for score in result["scores"].values()}) == 3
+    assert [line.partition(" holds")[0] for line in phased.output.splitlines() if line.startswith("audit: ")][:2] == ["audit: C1", "audit: C2"]
+
+
+def test_the_scores_file_holds_every_score_of_the_final_evaluation(phased: Finished, reference: Finished, tiny: Start, val: ValData) -> None:
+    scores, result = np.load(phased.scores), phased.result()
+    assert scores.dtype == np.float32 and scores.shape == (len(val.tokens) - 1,)
+    assert result["val_loss"] == pytest.approx(float(scores.mean(dtype=np.float64)), rel=1e-12)
+    assert result["val_bpb"] == pytest.approx(float(scores.sum(dtype=np.float64)) / math.log(2) / val.target_bytes.sum(), rel=1e-12)
+    settings = {name: value for name, value in everything(reference, Path()).items() if name not in ("STAGES", "ARTIFACT", "AUDIT")}
+    config = tiny(**settings)
+    model = train_gpt.read_artifact((reference.folder / "artifact.bin").read_bytes(), config, "artifact.bin")
+    model.config = replace(model.config, logit_softcap=20.0)
+    assert (scores == score(config, model, val)).all()
+
+
+def test_the_documents_file_has_a_line_for_each_document_that_adds_up_to_the_scores(phased: Finished, val: ValData, corpus: Path) -> None:
+    header, *lines = (phased.scores.parent / "documents.csv").read_text(encoding="utf-8").splitlines()
+    documents = (corpus / "val.txt").read_text(encoding="utf-8").split("\x00")
+    assert header == "document,tokens,bytes,bpb_before,bpb"
+    numbers, tokens, text_bytes, before, after = np.array([line.split(",") for line in lines], dtype=np.float64).T
+    assert numbers.tolist() == list(range(len(documents))) and tokens.sum() == len(val.tokens) - 1
+    assert text_bytes.tolist() == [len(document.encode()) for document in documents]
+    scores = phased.result()["scores"]
+    for bits, name in ((before, "sliding"), (after, "ttt_phased")):
+        assert (bits * text_bytes).sum() / text_bytes.sum() == pytest.approx(scores[name]["val_bpb"], abs=1e-6)
+    nats, first = np.load(phased.scores), int(tokens[:7].sum())
+    assert after[7] == pytest.approx(nats[first : first + int(tokens[7])].sum(dtype=np.float64) / math.log(2) / text_bytes[7], abs=1e-6)
+
+
+def test_a_run_on_two_ranks_gives_the_scores_and_files_of_one(
+    launch: Callable[..., forked.Ranks], phased: Finished, reference: Finished, tmp_path: Path
+) -> None:
+    """A model in float32, in batches of other sizes."""
+    outcome = launch(tmp_path, ranks=2, **everything(reference, tmp_path)).finish()
+    assert outcome.codes == [0, 0], outcome.output
+    found = Finished(tmp_path / "runs" / "run", tmp_path / "scores.npy", outcome.output)
+    for name, expected in phased.result()["scores"].items():
+        assert found.result()["scores"][name]["val_bpb"] == pytest.approx(expected["val_bpb"], rel=1e-5)
+    np.testing.assert_allclose(np.load(found.scores), np.load(phased.scores), rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "documents.csv").read_text(encoding="utf-8").count("\n") == 41
+
+
+def test_a_scores_file_appears_whole_or_not_at_all(val: ValData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scores.npy"
+    path.write_bytes(b"the scores of before")
+    nats, starts = np.ones(len(val.tokens) - 1, dtype=np.float32), train_gpt.document_starts(val.tokens, BOS)
+
+    def full_disk(file: Any, array: np.ndarray) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            train_gpt.write_scores(configured(scores_file=str(path)), val, nats, nats, starts)
+    assert path.read_bytes() == b"the scores of before"
+    train_gpt.write_scores(configured(), val, nats, nats, starts)
+    assert list(tmp_path.iterdir()) == [path]
+    train_gpt.write_scores(configured(scores_file=str(path)), val, nats, nats, starts)
+    assert (np.load(path) == nats).all()
+
+
+@pytest.mark.parametrize("setting", ["SCORES_FILE", "DOCUMENTS_FILE"])
+def test_a_file_in_a_folder_that_does_not_exist_is_refused_before_the_run(
+    run_here: Callable[..., Ended], reference: Finished, tmp_path: Path, setting: str
+) -> None:
+    path = tmp_path / "none" / ("scores.npy" if setting == "SCORES_FILE" else "documents.csv")
+    ended = run_here(tmp_path, STAGES="eval", ARTIFACT=reference.folder / "artifact.bin", FINAL_EVAL="chunked", **{setting: path})
+    assert ended.code == 1 and f"{setting}={path}: there is no folder {path.parent}" in ended.errors
+    assert not (tmp_path / "runs").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -989,15 +1098,24 @@ class Unnormalised(Evaluator):
 
     def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         loss = self.forward(batch.tokens, batch.targets, self.phase, adapters)
-        return loss, loss - self.config.tilt_boost * (batch.hints == batch.targets)
+        hints = batch.hints if batch.targets.dim() == 2 else batch.hints[..., None]
+        return loss, loss - self.config.tilt_boost * (hints == batch.targets)
 
 
-class ScoresTheTargetHigher(Evaluator):
-    """Takes a nat off every score, whatever the target is."""
+class TakesANatOff(Evaluator):
+    """Makes every score better by a nat, whatever the target is."""
 
     def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         loss, scores = super().nats(batch, adapters)
         return loss, scores - 1
+
+
+class TakesANatOffInSilence(Evaluator):
+    """The same, but where it is asked for all tokens."""
+
+    def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, scores = super().nats(batch, adapters)
+        return loss, scores - (batch.targets.dim() == 2)
 
 
 class OpensTrainingText(Evaluator):
@@ -1027,7 +1145,8 @@ class Connects(Evaluator):
         ("sliding", ScoresTwice, "would be scored twice; a target is scored once, in one pass"),
         ("ttt_lora", ScoresTwice, "would be scored twice"),
         ("sliding", Unnormalised, "C2, normalisation"),
-        ("chunked", ScoresTheTargetHigher, "C2, normalisation: the probabilities of all tokens sum to 2"),
+        ("chunked", TakesANatOff, "C2, normalisation: the probabilities of all tokens sum to 2"),
+        ("ttt_lora", TakesANatOffInSilence, "C2, normalisation: the score of a target is not that of its probability among those of all tokens"),
         ("sliding", Connects, "the evaluation touched socket.connect"),
     ],
 )

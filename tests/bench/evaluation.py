@@ -1,6 +1,6 @@
 """Compares evaluations on trained checkpoints: bits per byte, seconds, and what the settings of test-time training do.
 
-    python tests/bench/evaluation.py runs/A/checkpoint.pt [runs/B/checkpoint.pt ...] [--tokens 65536]      every row of the table below
+    python tests/bench/evaluation.py runs/A/checkpoint.pt [runs/B/checkpoint.pt ...] [--tokens 32768]      every row of the table below
     python tests/bench/evaluation.py --table                                                             only write the page again
 
 The text is the first targets of the checkpoint's validation split (DATA_PATH), the weights are those of the checkpoint before quantisation. Finished
@@ -24,7 +24,7 @@ import train_gpt  # noqa: E402
 
 FOLDER = ROOT / "records" / "evaluation_cpu"
 RESULTS = FOLDER / "results.jsonl"
-BASE = {"ttt_lora_rank": 32, "ttt_lora_lr": 3e-4, "ttt_chunk_tokens": 2048}
+BASE: dict[str, Any] = {"ttt_lora_rank": 32, "ttt_lora_lr": 1e-3, "ttt_chunk_tokens": 2048, "ttt_lr": 0.02}
 # label -> evaluation and what it changes
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunked": ("chunked", {}),
@@ -37,11 +37,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "sliding, 512 tokens, ntk": ("sliding", {"eval_seq_len": 512, "rope_scaling": "ntk"}),
     "sliding, 512 tokens, yarn": ("sliding", {"eval_seq_len": 512, "rope_scaling": "yarn"}),
     "ttt_sgd, rate 0.005": ("ttt_sgd", {"ttt_lr": 0.005}),
-    "ttt_sgd, rate 0.02": ("ttt_sgd", {"ttt_lr": 0.02}),
+    "ttt_sgd": ("ttt_sgd", {}),
     "ttt_sgd, rate 0.05": ("ttt_sgd", {"ttt_lr": 0.05}),
     "ttt_lora": ("ttt_lora", {}),
     "ttt_lora, rate 0.0001": ("ttt_lora", {"ttt_lora_lr": 1e-4}),
-    "ttt_lora, rate 0.001": ("ttt_lora", {"ttt_lora_lr": 1e-3}),
+    "ttt_lora, rate 0.0003": ("ttt_lora", {"ttt_lora_lr": 3e-4}),
+    "ttt_lora, rate 0.003": ("ttt_lora", {"ttt_lora_lr": 3e-3}),
     "ttt_lora, rank 8": ("ttt_lora", {"ttt_lora_rank": 8, "ttt_lora_alpha": 36.0}),
     "ttt_lora, rank 80": ("ttt_lora", {"ttt_lora_rank": 80, "ttt_lora_alpha": 360.0}),
     "ttt_lora, chunk 16": ("ttt_lora", {"ttt_lora_chunk_tokens": 16}),
@@ -49,13 +50,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ttt_lora, warm A": ("ttt_lora", {"ttt_lora_warm_a": True}),
     "ttt_lora, head only": ("ttt_lora", {"ttt_lora_targets": "head"}),
     "ttt_lora, without head": ("ttt_lora", {"ttt_lora_targets": "q,k,v,out,up,gate,down"}),
-    "ttt_phased": ("ttt_phased", {"ttt_prefix_docs": 30, "ttt_phases": 3, "ttt_lr": 0.02}),
-    "ttt_phased, tilt 1": ("ttt_phased", {"ttt_prefix_docs": 30, "ttt_phases": 3, "ttt_lr": 0.02, "tilt_boost": 1.0}),
+    "ttt_phased": ("ttt_phased", {"ttt_prefix_docs": 15, "ttt_phases": 3}),
+    "ttt_phased, tilt 1": ("ttt_phased", {"ttt_prefix_docs": 15, "ttt_phases": 3, "tilt_boost": 1.0}),
 }
 
 
-def measure(path: Path, tokens: int, done: set[tuple[str, str]]) -> None:
-    """Scores a checkpoint under every row that is not done."""
+def measure(path: Path, tokens: int, done: set[tuple[str, str]], labels: list[str]) -> None:
+    """Scores a checkpoint under every one of these rows that is not done."""
     saved = train_gpt.read_checkpoint(path)
     known = {declared.name for declared in fields(train_gpt.Config)}
     settings = {name: value for name, value in saved["settings"].items() if name in known}
@@ -65,7 +66,8 @@ def measure(path: Path, tokens: int, done: set[tuple[str, str]]) -> None:
     model = train_gpt.GPT(base)
     train_gpt.load_weights(model, saved["state"]["model"])
     world, name = train_gpt.World("cpu"), f"seed{settings['seed']}-{saved['step']}"
-    for label, (evaluation, changes) in ROWS.items():
+    for label in labels:
+        evaluation, changes = ROWS[label]
         if (name, label) in done:
             continue
         config = replace(base, final_eval=evaluation, **changes)
@@ -96,10 +98,10 @@ def write_page() -> None:
 
     lines = [
         "# Evaluations compared, on a CPU", "",
-        f"Written by `python tests/bench/evaluation.py --table`. Checkpoints: {', '.join(sorted(chunked))}; the first {rows[0]['targets']:,} targets of the",
-        "validation split. Unless a row says otherwise: windows as long as the rows of training, LoRA of rank 32 on every projection and the head, rate",
-        "0.0003, chunks of 48 tokens; SGD on chunks of 2,048 tokens, 3 steps each. Mean ± standard deviation of the paired difference from sliding windows.",
-        "Scores of our text are comparable with each other only.", "",
+        f"Written by `python tests/bench/evaluation.py --table`. Checkpoints: {', '.join(sorted(chunked))};",
+        f"the first {rows[0]['targets']:,} targets of the validation split. Unless a row says otherwise: windows as long as the rows of training; LoRA of",
+        "rank 32 on every projection and the head, rate 0.001, chunks of 48 tokens; SGD at rate 0.02 on chunks of 2,048 tokens, 3 steps each. Mean",
+        "± standard deviation of the paired difference from sliding windows. Scores of our text are comparable with each other only.", "",
         "| evaluation | n | bpb | against sliding | s per million targets | forward passes |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for label in ROWS:
@@ -118,7 +120,8 @@ def main() -> None:
     """Measures what is asked for, and writes the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("checkpoints", nargs="*", type=Path)
-    parser.add_argument("--tokens", type=int, default=65536, help="targets that are scored")
+    parser.add_argument("--tokens", type=int, default=32768, help="targets that are scored")
+    parser.add_argument("--rows", help="only these rows, by their labels, separated by semicolons")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,7 +129,7 @@ def main() -> None:
     RESULTS.touch()
     done = {(row["checkpoint"], row["label"]) for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
     for path in [] if arguments.table else arguments.checkpoints:
-        measure(path, arguments.tokens, done)
+        measure(path, arguments.tokens, done, arguments.rows.split(";") if arguments.rows else list(ROWS))
     write_page()
 
 

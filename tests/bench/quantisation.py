@@ -361,9 +361,9 @@ def measure_loops(bench: Bench) -> None:
     """Measures plain rounding, gptq and rate on a model with looped layers."""
     done = {(row["checkpoint"], row["row"]) for row in read_results()}
     attempts: dict[str, Callable[[], Outcome]] = {}
-    for bits in (4, 5, 6, 8):
-        settings = {"matrix_bits": bits, "embed_bits": bits}
-        attempts[f"rowmax int{bits}"] = partial(clipped(bench, "rowmax", CODERS["range"], **settings), 1.0)
+    for width in (4, 5, 6, 8):
+        settings = {"matrix_bits": width, "embed_bits": width}
+        attempts[f"rowmax int{width}"] = partial(clipped(bench, "rowmax", CODERS["range"], **settings), 1.0)
     for bits in (2.0, 3.0, 4.0):
         budget = int(bits * bench.weights / 8)
         attempts[f"gptq {bits}"] = partial(meet, budget, bench.weights, 2.0 ** (3.5 - bits), clipped(bench, "gptq", CODERS["range"]), passes=10)
