@@ -1009,6 +1009,8 @@ class Run(NamedTuple):
 # seed and of how many rows came before it, whatever the number of ranks.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+# CaseOps text spells capitals as these characters before small letters, so its tokens do not show how many bytes of the original they stand for.
+CASE_MARKERS = "\ue001\ue002\ue003\ue004"
 
 
 def how_to_get(config: Config) -> str:
@@ -1022,7 +1024,7 @@ def how_to_get(config: Config) -> str:
 
 def find_shards(config: Config, split: str) -> list[Path]:
     """Returns the shards of a split ("train" or "val") in order. Raises FileNotFoundError naming the command that makes them."""
-    paths = sorted(Path(config.data_path).glob(f"*_{split}_*.bin"))
+    paths = sorted(path for path in Path(config.data_path).glob(f"*_{split}_*.bin") if f"_{split}_bytes_" not in path.name)
     if not paths:
         raise FileNotFoundError(f"DATA_PATH={config.data_path}: no *_{split}_*.bin there; {how_to_get(config)}")
     return paths
@@ -1125,6 +1127,7 @@ class TokenBytes(NamedTuple):
     own: np.ndarray  # bytes of the piece without its leading space
     leading_space: np.ndarray  # the piece starts with a space, which counts unless a document starts there
     boundary: np.ndarray  # control tokens: a document starts after them
+    is_cased: bool  # a tokenizer of CaseOps text: only a side file knows the bytes
 
     def of_targets(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the bytes of targets tokens[1:], int64 (N - 1,)."""
@@ -1151,7 +1154,8 @@ def token_bytes(config: Config) -> TokenBytes:
         raise ValueError(f"TOKENIZER_PATH={path}: this model has no BOS token, and every document must start with one")
     if model.bos_id() != config.bos_id:
         raise ValueError(f"BOS_ID={config.bos_id}, but TOKENIZER_PATH={path} says {model.bos_id()}; set BOS_ID={model.bos_id()}")
-    table = TokenBytes(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool))
+    is_cased = any(marker in model.id_to_piece(token) for token in range(size) for marker in CASE_MARKERS)
+    table = TokenBytes(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool), is_cased)
     for token in range(size):
         table.boundary[token] = model.is_control(token)
         if model.is_byte(token):
@@ -1170,17 +1174,28 @@ class ValData(NamedTuple):
     target_bytes: np.ndarray  # (N - 1,) int64
 
 
+def side_file(path: Path) -> Path:
+    """Returns where the bytes of the tokens of a validation shard are kept: a shard of as many uint16. Source: PR #1729."""
+    return path.with_name(path.name.replace("_val_", "_val_bytes_"))
+
+
 def load_val(config: Config) -> ValData:
-    """Returns the whole validation split. Raises ValueError when it is damaged or shorter than one window."""
+    """Returns the whole validation split. Raises ValueError when it is damaged or shorter than one window, FileNotFoundError without its side files."""
     table = token_bytes(config)
-    shards = []
-    for path in find_shards(config, "val"):
-        shards.append(np.array(read_shard(path)))
-        check_tokens(shards[-1], config.vocab_size, path)
+    paths = find_shards(config, "val")
+    shards, sides = [np.array(read_shard(path)) for path in paths], list[np.ndarray]()
+    for path, shard in zip(paths, shards, strict=True):
+        check_tokens(shard, config.vocab_size, path)
+        if table.is_cased and not side_file(path).is_file():
+            raise FileNotFoundError(f"{side_file(path)}: no such file, and only it knows the bytes behind CaseOps tokens; {how_to_get(config)}")
+        if table.is_cased:
+            sides.append(read_shard(side_file(path)))
+            if len(sides[-1]) != len(shard):
+                raise ValueError(f"{side_file(path)}: {len(sides[-1]):,} entries for the {len(shard):,} tokens of {path.name}; they belong to different data")
     tokens = np.concatenate(shards)
     if len(tokens) <= config.window:
         raise ValueError(f"DATA_PATH={config.data_path}: {len(tokens)} validation tokens do not fill one window of {config.window} and its target")
-    val = ValData(tokens, table.of_targets(tokens))
+    val = ValData(tokens, np.concatenate(sides)[1:].astype(np.int64) if sides else table.of_targets(tokens))
     if not val.target_bytes.any():
         raise ValueError(f"DATA_PATH={config.data_path}: the validation tokens stand for no text at all; these shards were made with another tokenizer")
     return val
@@ -4482,7 +4497,7 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     forward, phase = compiled(model, config), Schedule(config).scored_phase
     silent = int(((val.target_bytes == 0) & (val.tokens[1:] != config.bos_id)).sum())
     if silent:
-        run.log.note(f"{silent:,} of {len(val.target_bytes):,} targets stand for no text, being unknown to the tokenizer: they cost nats and count no bytes")
+        run.log.note(f"{silent:,} of {len(val.target_bytes):,} targets, unknown to the tokenizer or markers of case, cost nats and count no bytes")
     names = ["chunked", *["sliding"] * bool(config.documents_file), config.final_eval]
     scores: dict[str, Score] = {}
     evaluators: dict[str, Evaluator] = {}
