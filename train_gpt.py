@@ -1154,7 +1154,7 @@ def token_bytes(config: Config) -> TokenBytes:
         raise ValueError(f"TOKENIZER_PATH={path}: this model has no BOS token, and every document must start with one")
     if model.bos_id() != config.bos_id:
         raise ValueError(f"BOS_ID={config.bos_id}, but TOKENIZER_PATH={path} says {model.bos_id()}; set BOS_ID={model.bos_id()}")
-    is_cased = any(marker in model.id_to_piece(token) for token in range(size) for marker in CASE_MARKERS)
+    is_cased = all(model.piece_to_id(marker) != model.unk_id() for marker in CASE_MARKERS)
     table = TokenBytes(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool), is_cased)
     for token in range(size):
         table.boundary[token] = model.is_control(token)

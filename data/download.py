@@ -51,7 +51,7 @@ DOCUMENTS = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 PLAIN_LINE_SECONDS = 30
 
-Kind = Literal["train", "val", "tokenizer", "documents"]
+Kind = Literal["train", "val", "val_bytes", "tokenizer", "documents"]
 
 
 class UsageError(Exception):
@@ -71,6 +71,7 @@ class Export(NamedTuple):
     train_tokens: int | None
     val_tokens: int | None
     tokenizer_paths: tuple[str, ...]
+    has_val_bytes: bool = False  # a byte shard beside each validation shard, as CaseOps has
 
 
 class Item(NamedTuple):
@@ -112,6 +113,7 @@ def read_export(manifest: Path, variant: str) -> Export:
             train_tokens=stats.get("tokens_train"),
             val_tokens=stats.get("tokens_val"),
             tokenizer_paths=tokenizer_paths(tokenizer),
+            has_val_bytes=bool(datasets[name].get("val_bytes_glob")),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise DownloadError(
@@ -140,11 +142,13 @@ def plan(export: Export, train_shards: int, with_docs: bool, prefix: str, output
         raise UsageError(f"--train-shards {train_shards}: {export.name} has {export.train_shards}; use --train-shards {export.train_shards}")
 
     def item(kind: Kind, path: str) -> Item:
-        folder = "datasets/" if kind in ("train", "val") else ""
+        folder = "datasets/" if kind in ("train", "val", "val_bytes") else ""
         return Item(kind, "/".join(part for part in (prefix, folder + path) if part), output / (folder + path))
 
     wanted = [item("tokenizer", path) for path in export.tokenizer_paths]
     wanted += [item("val", f"{export.name}/fineweb_val_{index:06d}.bin") for index in range(export.val_shards)]
+    if export.has_val_bytes:
+        wanted += [item("val_bytes", f"{export.name}/fineweb_val_bytes_{index:06d}.bin") for index in range(export.val_shards)]
     wanted += [item("train", f"{export.name}/fineweb_train_{index:06d}.bin") for index in range(train_shards)]
     return wanted + [item("documents", path) for path in DOCUMENTS if with_docs]
 

@@ -2,6 +2,7 @@
 
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --vocab-size 1024
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --tokenizer fineweb_1024_bpe.model --val-docs 50000
+    python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --vocab-size 8192 --caseops --fuse-markers
 
 Input is read as a stream, so memory holds the work in flight, one shard, and the tokenizer's training sample, however large the corpus is.
 The output depends on the input and the options alone, never on the number of workers. The folder appears complete or not at all.
@@ -34,6 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, Self
 
+import caseops
 import numpy as np
 import sentencepiece
 import zstandard
@@ -53,7 +55,7 @@ DROPPED_BY_TRAINER = dict.fromkeys(map(ord, "\0\u2585"))
 PLAIN_REPORT_SECONDS = 10.0
 TOKENIZER_FILE = "tokenizer.model"
 MANIFEST_FILE = "manifest.json"
-OUR_FILES = re.compile(rf"fineweb_(train|val)_\d{{6}}\.bin|{re.escape(TOKENIZER_FILE)}|{re.escape(MANIFEST_FILE)}")
+OUR_FILES = re.compile(rf"fineweb_(train|val|val_bytes)_\d{{6}}\.bin|{re.escape(TOKENIZER_FILE)}|{re.escape(MANIFEST_FILE)}")
 
 
 class InputError(ValueError):
@@ -206,12 +208,15 @@ class TrainingSample(NamedTuple):
     bytes: int
 
 
-def sample_documents(documents: Iterable[str], limit_bytes: int) -> TrainingSample:
-    """Returns the leading documents that together reach `limit_bytes` of text, or all of them, cut into sentences that the trainer accepts."""
+def sample_documents(documents: Iterable[str], limit_bytes: int, transform: Callable[[str], str] = str) -> TrainingSample:
+    """Returns the leading documents that together reach `limit_bytes` of text, or all of them, cut into sentences that the trainer accepts.
+
+    What is cut is what `transform` makes of a document; `limit_bytes` and the counts are of the document itself.
+    """
     sentences: list[str] = []
     count = size = 0
     for text in documents:
-        sentences += cut_sentences(text)
+        sentences += cut_sentences(transform(text))
         count += 1
         size += len(text.encode("utf-8"))
         if size >= limit_bytes:
@@ -232,8 +237,11 @@ def cut_sentences(text: str) -> Iterator[str]:
         start = end
 
 
-def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
-    """Returns a lossless SentencePiece BPE model trained on `sentences`. Raises InputError when their text does not support `vocab_size`."""
+def train_tokenizer(sentences: Iterable[str], vocab_size: int, symbols: Sequence[str] = ()) -> bytes:
+    """Returns a lossless SentencePiece BPE model trained on `sentences`, in which each of `symbols` is a piece that no other piece reaches over.
+
+    Raises InputError when the text does not support `vocab_size`.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -242,7 +250,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
             model_type="bpe",
             vocab_size=vocab_size,
             normalization_rule_name="identity",
-            add_dummy_prefix=True,
+            add_dummy_prefix=not symbols,  # the challenge's way with CaseOps: a document begins with a marker more often than with a word
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=True,
@@ -255,6 +263,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> bytes:
             eos_id=2,
             unk_id=3,
             minloglevel=2,
+            user_defined_symbols=list(symbols),
         )
     except RuntimeError as error:
         raise InputError(explain_training_failure(str(error), vocab_size)) from error
@@ -309,6 +318,7 @@ class Totals(NamedTuple):
 class Encoded(NamedTuple):
     tokens: np.ndarray  # uint16, BOS before each document
     totals: Totals
+    bytes: np.ndarray | None = None  # uint16, of the original text for each of `tokens`; only of CaseOps text that is scored
 
 
 _tokenizer = sentencepiece.SentencePieceProcessor()  # of this process; filled once, because loading costs as much as a batch
@@ -334,23 +344,39 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_batch(texts: list[str]) -> Encoded:
-    """Returns the tokens of `texts`, each preceded by BOS, and what they lost."""
-    rows, totals = [], Totals()
+def encode_batch(texts: list[str], scored: bool) -> Encoded:
+    """Returns the tokens of `texts`, each preceded by BOS, what they lost, and, if they are CaseOps text to be `scored`, their bytes."""
+    rows, byte_rows, totals = [], [], Totals()
     bos, unk = _tokenizer.bos_id(), _tokenizer.unk_id()
+    marked = caseops.is_caseops(_tokenizer)
+    measure = caseops.original_bytes if marked else utf8_length
     for text in texts:
-        ids = _tokenizer.encode(text)
+        content = caseops.encode(text) if marked else text
+        if marked and scored:
+            mapping = _tokenizer.encode(content, return_type="offset_mapping")
+            ids = mapping["ids"]
+            byte_rows.append(as_uint16([0, *caseops.token_bytes(content, mapping["offsets"])]))
+        else:
+            ids = _tokenizer.encode(content)
         decoded = _tokenizer.decode(ids)
         unknown = ids.count(unk)
         spelt = _tokenizer.decode([token for token in ids if token != unk]) if unknown else decoded
+        lossy = decoded != content or (marked and caseops.decode(decoded) != text)
         rows.append(np.array([bos, *ids], dtype=np.uint16))
-        totals = totals.plus(Totals(1, 1 + len(ids), utf8_length(text), utf8_length(spelt), int(decoded != text), unknown))
-    return Encoded(np.concatenate(rows), totals)
+        totals = totals.plus(Totals(1, 1 + len(ids), utf8_length(text), measure(spelt), int(lossy), unknown))
+    return Encoded(np.concatenate(rows), totals, np.concatenate(byte_rows) if byte_rows else None)
 
 
 def utf8_length(text: str) -> int:
     """Returns the number of bytes of `text` in UTF-8."""
     return len(text.encode("utf-8"))
+
+
+def as_uint16(counts: list[int]) -> np.ndarray:
+    """Returns the bytes of a document's tokens as the side file holds them. Raises InputError for more than it can hold."""
+    if max(counts) > 0xFFFF:
+        raise InputError(f"one token stands for {max(counts):,} bytes, which the uint16 of a byte shard cannot hold; shorten that run of white space")
+    return np.array(counts, dtype=np.uint16)
 
 
 def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -384,14 +410,14 @@ def encode_in_order(work: Iterable[tuple[str, list[str]]], model: bytes, workers
     if workers == 1:
         load_worker_tokenizer(model)
         for split, batch in work:
-            yield split, encode_batch(batch)
+            yield split, encode_batch(batch, split == "val")
         return
     pending: deque[tuple[str, Future[Encoded]]] = deque()
     # A fork would copy the progress display's thread in whatever state it is; a spawned worker starts clean.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (model,))
     try:
         for split, batch in work:
-            pending.append((split, pool.submit(encode_batch, batch)))
+            pending.append((split, pool.submit(encode_batch, batch, split == "val")))
             if len(pending) == BATCHES_PER_WORKER * workers:
                 split, future = pending.popleft()
                 yield split, future.result()
@@ -411,7 +437,7 @@ def encode_in_order(work: Iterable[tuple[str, list[str]]], model: bytes, workers
 
 
 class ShardWriter:
-    """Cuts one split's tokens into shards of `shard_tokens` tokens, the last one shorter; a document may cross the border."""
+    """Cuts one split's tokens, or another value for each of them, into shards of `shard_tokens`, the last one shorter; documents may cross the border."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
         self._folder = folder
@@ -576,6 +602,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="MODEL", type=Path, help="SentencePiece model to use; without it one is trained")
     tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of the tokenizer to train")
+    parser.add_argument("--caseops", action="store_true", help="turn capitals into markers first; also write byte shards for the validation split")
+    parser.add_argument("--fuse-markers", action="store_true", help="with --caseops: one token for a space and the marker after it")
     parser.add_argument(
         "--val-docs",
         metavar="N",
@@ -596,6 +624,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f"--vocab-size {options.vocab_size} does not fit the shards' uint16; use at most {MAX_VOCAB_SIZE}")
     if options.val_docs == "all" and options.tokenizer is None:
         raise InputError("--val-docs all leaves no document to train a tokenizer on; give a --tokenizer")
+    if options.fuse_markers and not options.caseops:
+        raise InputError("--fuse-markers fuses the markers of CaseOps; add --caseops")
     return options
 
 
@@ -604,26 +634,39 @@ def make_tokenizer(options: argparse.Namespace, corpus: Corpus, val_documents: i
     entry: dict[str, Any] = {"file": TOKENIZER_FILE}
     if options.tokenizer is None:
         note(f"training a tokenizer of {options.vocab_size} pieces")
-        sample = sample_documents(itertools.islice(corpus, val_documents, None), options.train_sample_bytes)
-        model = train_tokenizer(sample.sentences, options.vocab_size)
+        documents = itertools.islice(corpus, val_documents, None)
+        sample = sample_documents(documents, options.train_sample_bytes, caseops.encode if options.caseops else str)
+        symbols = (*caseops.MARKERS, *(caseops.FUSED if options.fuse_markers else ())) if options.caseops else ()
+        model = train_tokenizer(sample.sentences, options.vocab_size, symbols)
         entry["trained_on"] = {"documents": sample.documents, "bytes": sample.bytes}
     else:
         model = options.tokenizer.read_bytes()
-    tokenizer = load_tokenizer(model, str(options.tokenizer or TOKENIZER_FILE))
-    return model, entry | {"vocab_size": tokenizer.vocab_size(), "bos_id": tokenizer.bos_id(), "sha256": hashlib.sha256(model).hexdigest()}
+    source = str(options.tokenizer or TOKENIZER_FILE)
+    tokenizer = load_tokenizer(model, source)
+    if options.caseops and not caseops.is_caseops(tokenizer):
+        raise InputError(f"{source}: without the markers of CaseOps (U+E001 to U+E004) as pieces; leave out --caseops, or train a tokenizer with it")
+    if not options.caseops and caseops.is_caseops(tokenizer):
+        raise InputError(f"{source}: has the markers of CaseOps as pieces, and no good ones for capitals; add --caseops")
+    if options.fuse_markers and options.tokenizer is not None:
+        model = caseops.fuse(model)
+    entry |= {"vocab_size": tokenizer.vocab_size(), "bos_id": tokenizer.bos_id(), "sha256": hashlib.sha256(model).hexdigest()}
+    return model, entry | {"caseops": options.caseops}
 
 
 def write_splits(folder: Path, encoded: Iterable[tuple[str, Encoded]], shard_tokens: int, meter: Meter) -> dict[str, Any]:
     """Writes `encoded` into `folder` as shards and returns the manifest's "splits": totals and shards of each. Raises InputError and OSError."""
     splits: dict[str, Any] = {}
     for split, batches in itertools.groupby(encoded, key=operator.itemgetter(0)):
-        writer, totals = ShardWriter(folder, split, shard_tokens), Totals()
+        writer, byte_writer, totals = ShardWriter(folder, split, shard_tokens), ShardWriter(folder, f"{split}_bytes", shard_tokens), Totals()
         for _, batch in batches:
             writer.add(batch.tokens)
+            if batch.bytes is not None:
+                byte_writer.add(batch.bytes)
             totals = totals.plus(batch.totals)
             meter.advance(batch.totals.bytes)
         writer.flush()
-        splits[split] = totals._asdict() | {"shards": writer.shards}
+        byte_writer.flush()
+        splits[split] = totals._asdict() | {"shards": writer.shards} | ({"byte_shards": byte_writer.shards} if byte_writer.shards else {})
     return splits
 
 
