@@ -1,11 +1,11 @@
 """Compares evaluations on trained checkpoints: bits per byte, seconds, and what the settings of test-time training do.
 
     python tests/bench/evaluation.py runs/A/checkpoint.pt [runs/B/checkpoint.pt ...] [--tokens 32768]      every row of the table below
-    python tests/bench/evaluation.py --table                                                             only write the page again
+    python tests/bench/evaluation.py --cost runs/A/checkpoint.pt          what the main evaluations cost in time; wants a machine with nothing else to do
+    python tests/bench/evaluation.py --table                              only write the page again
 
 The text is the first targets of the checkpoint's validation split (DATA_PATH), the weights are those of the checkpoint before quantisation. Finished
-rows are kept in records/evaluation_cpu/results.jsonl and are not measured again. `forward` is the seconds that one forward pass over the text takes
-in chunks, so that cost / forward says how many passes an evaluation is worth.
+rows are kept in records/evaluation_cpu/results.jsonl and are not measured again.
 """
 
 import argparse
@@ -55,7 +55,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def measure(path: Path, tokens: int, done: set[tuple[str, str]], labels: list[str]) -> None:
+def measure(path: Path, tokens: int, done: set[tuple[str, str]], labels: list[str], *, timed: bool = False) -> None:
     """Scores a checkpoint under every one of these rows that is not done."""
     saved = train_gpt.read_checkpoint(path)
     known = {declared.name for declared in fields(train_gpt.Config)}
@@ -80,14 +80,16 @@ def measure(path: Path, tokens: int, done: set[tuple[str, str]], labels: list[st
         run = train_gpt.Run(config, world, train_gpt.Log(None), Path(), train_gpt.StopSignals(), "")
         score = train_gpt.Evaluator(run, model, model, val, evaluation, train_gpt.Schedule(config).scored_phase).score()
         row = {"checkpoint": name, "label": label, "targets": score.targets, "val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds}
+        row |= {"timed": True} if timed else {}
         with open(RESULTS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{name}  {label}: loss {score.val_loss:.4f}  bpb {score.val_bpb:.4f}  {score.seconds:.1f} s", flush=True)
 
 
 def write_page() -> None:
-    """Writes the table from all results."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    """Writes the tables from all results."""
+    every = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows, timed = ([row for row in every if row.get("timed", False) is wanted] for wanted in (False, True))
     by_label: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_label.setdefault(row["label"], {})[row["checkpoint"]] = row
@@ -102,7 +104,7 @@ def write_page() -> None:
         f"the first {rows[0]['targets']:,} targets of the validation split. Unless a row says otherwise: windows as long as the rows of training; LoRA of",
         "rank 32 on every projection and the head, rate 0.001, chunks of 48 tokens; SGD at rate 0.02 on chunks of 2,048 tokens, 3 steps each. Mean",
         "± standard deviation of the paired difference from sliding windows. Scores of our text are comparable with each other only.", "",
-        "| evaluation | n | bpb | against sliding | s per million targets | forward passes |", "|---|---:|---:|---:|---:|---:|",
+        "| evaluation | n | bpb | against sliding |", "|---|---:|---:|---:|",
     ]  # fmt: skip
     for label in ROWS:
         found = by_label.get(label, {})
@@ -110,9 +112,14 @@ def write_page() -> None:
         if names:
             bpb = statistics.mean(found[name]["val_bpb"] for name in names)
             change = spread([found[name]["val_bpb"] - sliding[name]["val_bpb"] for name in names])
-            pace = statistics.mean(found[name]["seconds"] / found[name]["targets"] * 1e6 for name in names)
-            passes = statistics.mean(found[name]["seconds"] / chunked[name]["seconds"] for name in names)
-            lines.append(f"| {label} | {len(names)} | {bpb:.4f} | {change} | {pace:,.0f} | {passes:.1f} |")
+            lines.append(f"| {label} | {len(names)} | {bpb:.4f} | {change} |")
+    if timed:
+        forward = next(row["seconds"] for row in timed if row["label"] == "chunked")
+        lines += ["", f"Cost on one core, in one run over {timed[0]['targets']:,} targets; one forward pass over the text is what `chunked` takes:", ""]
+        lines += ["| evaluation | s per million targets | forward passes | share of one forward pass |", "|---|---:|---:|---:|"]
+        for row in timed:
+            pace = row["seconds"] / row["targets"] * 1e6
+            lines.append(f"| {row['label']} | {pace:,.0f} | {row['seconds'] / forward:.1f} | {100 * forward / row['seconds']:.0f}% |")
     (FOLDER / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -122,13 +129,16 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--tokens", type=int, default=32768, help="targets that are scored")
     parser.add_argument("--rows", help="only these rows, by their labels, separated by semicolons")
+    parser.add_argument("--cost", action="store_true", help="what the main evaluations cost in time")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     RESULTS.touch()
+    if arguments.cost:
+        measure(arguments.checkpoints[0], 8192, set(), ["chunked", "sliding, stride 64", "ttt_sgd", "ttt_lora", "ttt_phased"], timed=True)
     done = {(row["checkpoint"], row["label"]) for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
-    for path in [] if arguments.table else arguments.checkpoints:
+    for path in [] if arguments.table or arguments.cost else arguments.checkpoints:
         measure(path, arguments.tokens, done, arguments.rows.split(";") if arguments.rows else list(ROWS))
     write_page()
 
