@@ -451,6 +451,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
         "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50,
         "calibration_tokens": 32768, "bytes_cap": 500_000,
+        "final_eval": "ttt_lora", "ttt_lora_rank": 16, "ttt_lora_alpha": 72.0, "ttt_lora_lr": 0.001, "ttt_lora_chunk_tokens": 64,
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
@@ -4164,7 +4165,8 @@ class DocumentAdapters:
 
     def __init__(self, model: GPT, phase: Phase, documents: int) -> None:
         config = model.config
-        self.config, targets, generator = config, config.ttt_lora_targets.split(","), torch.Generator().manual_seed(config.seed)
+        self.config, self.documents = config, documents
+        targets, generator = config.ttt_lora_targets.split(","), torch.Generator().manual_seed(config.seed)
         blocks = [weight_parts(model.blocks[layer]) for layer in phase.order]
         slots = [{name.split(".")[-2]: part.weight.shape for name, part in parts.items()} for parts in blocks]
         slots.append({"head": torch.Size([config.vocab_size, config.model_dim])})
@@ -4203,7 +4205,10 @@ def hint_kernel() -> Callable[..., None]:
             for k in range(i - order + 1, i + 1):
                 key = (key ^ np.uint64(tokens[k] + 1)) * np.uint64(0x9E3779B97F4A7C15)
                 key ^= key >> np.uint64(29)
-            slot = key & np.uint64(len(keys) - 1)
+            key |= np.uint64(1)  # 0 marks an empty slot
+            slot = (key >> np.uint64(1)) & np.uint64(len(keys) - 1)
+            while keys[slot] != 0 and keys[slot] != key:
+                slot = (slot + np.uint64(1)) & np.uint64(len(keys) - 1)
             if keys[slot] == key and counts[slot] >= least:
                 hints[i] = words[slot]
             # The hint is fixed; only now may the target be looked at.
@@ -4221,7 +4226,7 @@ def hints_of(tokens: np.ndarray, order: int, least: int) -> np.ndarray:
 
     It depends on the text before the target alone. Source: the token channel of PR #1514.
     """
-    size = 1 << max(len(tokens) - 1, 1).bit_length()
+    size = 2 << len(tokens).bit_length()
     hints = np.full(len(tokens) - 1, -1, dtype=np.int64)
     keys, words, counts = np.zeros(size, np.uint64), np.zeros(size, np.int64), np.zeros(size, np.int32)
     hint_kernel()(tokens.astype(np.int64), order, least, keys, words, counts, hints)
@@ -4339,7 +4344,7 @@ class Evaluator:
     def has_time(self, cost: float, reads_left: float) -> bool:
         """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
         seconds = time.perf_counter() - self.began
-        pace = seconds / self.done if self.done else 0.0
+        pace = max(seconds / self.done if self.done else 0.0, self.plain_seconds)
         return not self.config.eval_seconds or seconds + pace * cost + self.plain_seconds * reads_left <= self.config.eval_seconds
 
     # -- Scoring
@@ -4351,8 +4356,8 @@ class Evaluator:
         batch = max(min(self.config.val_batch_size // (length * self.world.size), len(windows)), 1)
         for index in range(0, len(windows), batch):
             some = windows[index : index + batch]
-            # The last batch is filled up with repeats, so that one compiled shape serves all.
-            _, scores = self.nats(self.read(some[np.arange(batch) % len(some)], length))
+            rows = np.arange(batch if self.config.compile else len(some)) % len(some)  # filled up with repeats, so that one compiled shape serves all
+            _, scores = self.nats(self.read(some[rows], length))
             self.write(some, scores)
             self.note_progress(len(some) * length)
 
@@ -4372,11 +4377,10 @@ class Evaluator:
         mine = [n for n in range(len(batches)) if n % STREAMS % self.world.size == self.world.rank] if warm else self.world.share_of(costs)
         self.adapters = self.adapters or DocumentAdapters(self.model, self.phase, min(size, len(self.starts)))
         plain = {number: np.concatenate([self.windows(int(first), int(end)) for first, end in batches[number]]) for number in mine}
-        reads_left = self.window * sum(map(len, plain.values()))
         for number in mine:
             batch, stream = batches[number], number % STREAMS
-            reads_left -= self.window * len(plain[number])
-            if not self.has_time(costs[number], reads_left):
+            windows_left = sum(len(windows) for other, windows in plain.items() if other != number)
+            if not self.has_time(costs[number], self.window * windows_left):
                 continue
             del plain[number]
             self.adapters.reset(self.kept.get(stream))
@@ -4390,7 +4394,9 @@ class Evaluator:
     def score_adapting(self, documents: np.ndarray, adapters: DocumentAdapters) -> None:
         """Scores documents (D, 2), longest first, chunk by chunk; after each chunk the adapters of those that go on learn from it."""
         size, firsts, ends = self.config.ttt_lora_chunk_tokens, documents[:, 0], documents[:, 1]
-        grain = max(self.window // 8, size) if self.config.compile else size  # rows are multiples of this long, so that few graphs are compiled
+        # For few graphs to be compiled: all batches of as many rows, rows of few lengths, always with gradients.
+        is_compiled = self.config.compile
+        grain = max(self.window // 8, size) if is_compiled else size
         for chunk in itertools.count():
             begins, stops = firsts + chunk * size, np.minimum(firsts + (chunk + 1) * size, ends)
             active, going_on = int((begins < ends).sum()), int((stops < ends).sum())
@@ -4398,8 +4404,9 @@ class Evaluator:
                 return
             windows = np.stack([np.maximum(firsts, firsts + (chunk + 1) * size - self.window), begins, stops], axis=1)[:active]
             length = min(-(-(chunk + 1) * size // grain) * grain, self.window)
-            with torch.set_grad_enabled(going_on > 0):
-                loss, scores = self.nats(self.read(windows, length), adapters.slots)
+            rows = np.arange(adapters.documents if is_compiled else active) % active
+            with torch.set_grad_enabled(going_on > 0 or is_compiled):
+                loss, scores = self.nats(self.read(windows[rows], length), adapters.slots)
             self.write(windows, scores)
             if going_on:
                 spans = windows - windows[:, :1]
@@ -4409,7 +4416,7 @@ class Evaluator:
                 for first, end in zip(begins[:going_on], stops[:going_on], strict=True):
                     self.ledger.allow_learning(int(first), int(end))
                 adapters.learn((loss[:going_on] * chosen).sum(dim=1) / size)
-            self.note_progress(3.0 * active * length)
+            self.note_progress(3.0 * len(rows) * length)
 
     # -- Learning
 
@@ -4517,71 +4524,79 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
 # -- The rules of the challenge (its issue #1017), checked on the very artifact and evaluation that give the score.
 
 
-def check_distribution(evaluator: Evaluator, batch: Batch, adapters: Adapters | None) -> float:
-    """Returns how far the probabilities of all tokens are from adding up to 1 at any position of the first row. Raises Violation if that is far, or if
-    the score of the target is not that of its probability among them.
-    """
-    row = Batch(batch.tokens[:1], batch.targets[:1], None if batch.hints is None else batch.hints[:1])
-    every = torch.arange(evaluator.config.vocab_size, device=row.tokens.device).expand(*row.tokens.shape, -1)
-    with torch.no_grad():
-        nats = evaluator.nats(row._replace(targets=every.contiguous()), adapters)[1].double()
-        scores = evaluator.nats(row, adapters)[1].double()
-    totals = nats.neg().exp().sum(dim=-1)
-    worst = int((totals - 1).abs().argmax())
-    if not bool(((totals - 1).abs() < 1e-3).all()):
-        raise Violation(f"C2, normalisation: the probabilities of all tokens sum to {float(totals.flatten()[worst]):.6f}")
-    if not torch.allclose(nats.gather(2, row.targets[..., None])[..., 0], scores, rtol=1e-4, atol=1e-3):
-        raise Violation("C2, normalisation: the score of a target is not that of its probability among those of all tokens")
-    return float((totals - 1).abs().max())
+def watched(evaluator: Evaluator, cuts: Sequence[int]) -> tuple[np.ndarray, dict[int, Tensor]]:
+    """Returns (the scores of all targets, cut -> the nats of every token of the vocabulary as the target of that input, as scored on this rank)."""
+    seen: dict[int, Tensor] = {}
+    last: list[Any] = []
+    score_rows, write = evaluator.nats, evaluator.write
+
+    def remember(batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
+        last[:] = [batch, adapters]
+        return score_rows(batch, adapters)
+
+    @torch.no_grad()
+    def look(windows: np.ndarray, scores: Tensor) -> None:
+        for row, (start, first, end) in enumerate(windows.tolist()):
+            for cut in (cut for cut in cuts if first <= cut < end):
+                batch, adapters = last
+                tokens, hints = batch.tokens[: row + 1], None if batch.hints is None else batch.hints[: row + 1]
+                pieces = torch.arange(evaluator.config.vocab_size, device=tokens.device).split(64)
+                targets = [piece.expand(*tokens.shape, -1).contiguous() for piece in pieces]
+                seen[cut] = torch.cat([score_rows(Batch(tokens, some, hints), adapters)[1][row, cut - start].double() for some in targets])
+        write(windows, scores)
+
+    evaluator.nats, evaluator.write = remember, look  # type: ignore[method-assign]
+    evaluator.score()
+    return evaluator.ledger.nats, seen
 
 
 def audit(run: Run, new_evaluator: Callable[[ValData], Evaluator], val: ValData) -> None:
     """Logs what is proved of an evaluation on the first AUDIT_TOKENS of the split. Raises Violation at the first rule that is broken.
 
-    C1: with all text after a cut replaced, no score before it changes by a bit; cuts fall inside chunks, so that learning from a target before its
-    score (C3) would show as well. C2: all tokens, each taken for the target, get probabilities that sum to 1; in the last row scored, after all
-    adaptation. C4, and that learning follows scores, is refused by the ledger in every evaluation. Besides: no training shard is opened and no
-    connection made meanwhile.
+    C1: with all text after a cut replaced, neither a score before it nor the probabilities at it change by a bit; cuts fall inside chunks, so that
+    learning from a target before its score (C3) would show as well. C2: at a cut, all tokens get probabilities that sum to 1, and the score is that of
+    the target among them. C4, and that learning follows scores, is refused by the ledger in every evaluation. Besides: no training shard is opened and
+    no connection made meanwhile.
     """
-    config, touched = run.config, list[str]()
+    config, touched, watching = run.config, list[str](), True
     text = ValData(val.tokens[: config.audit_tokens + 1], val.target_bytes[: config.audit_tokens])
-    watching = True
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if watching and (event in ("socket.connect", "socket.getaddrinfo") or (event == "open" and "_train_" in str(arguments[0]))):
             touched.append(f"{event} {arguments[0]}")
 
+    generator = np.random.default_rng(config.seed)
+    possible = np.flatnonzero(text.tokens[1:] != config.bos_id)  # documents keep their lengths, and so their batches
+    cuts = sorted(generator.choice(possible, size=min(AUDIT_CUTS, len(possible)), replace=False).tolist())
     sys.addaudithook(watch)
     try:
-        evaluator, last = new_evaluator(text), list[tuple[Batch, Any]]()
-        plain_nats = evaluator.nats
-
-        def remember(batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
-            last[:] = [(batch, adapters)]
-            return plain_nats(batch, adapters)
-
-        evaluator.nats = remember  # type: ignore[method-assign]
-        evaluator.score()
-        nats = evaluator.ledger.nats
-        generator = np.random.default_rng(config.seed)
-        for cut in sorted(generator.choice(np.arange(1, len(nats)), size=min(AUDIT_CUTS, len(nats) - 1), replace=False).tolist()):
+        nats, probabilities = watched(new_evaluator(text), cuts)
+        for cut in cuts:
             tokens = text.tokens.copy()
-            changed = np.arange(len(tokens)) > cut
-            changed &= tokens != config.bos_id  # documents keep their lengths, and so their batches
-            others = generator.integers(config.vocab_size - 1, size=int(changed.sum())).astype(tokens.dtype)
-            tokens[changed] = others + (others >= config.bos_id)
-            other = new_evaluator(ValData(tokens, text.target_bytes))
-            other.score()
-            differing = np.flatnonzero(other.ledger.nats[:cut] != nats[:cut])
+            changed = np.flatnonzero((np.arange(len(tokens)) > cut) & (tokens != config.bos_id))
+            free = np.delete(np.arange(config.vocab_size), config.bos_id)
+            tokens[changed] = generator.choice(free, size=len(changed))
+            tokens[cut + 1] = next(token for token in free if token != text.tokens[cut + 1])
+            others, other_probabilities = watched(new_evaluator(ValData(tokens, text.target_bytes)), [cut])
+            differing = np.flatnonzero(others[:cut] != nats[:cut])
             if len(differing):
                 raise Violation(f"C1, causality: the score of target {differing[0] + 1} depends on tokens after {cut} ({len(differing)} such scores)")
-        run.log.note(f"audit: C1 holds: at {AUDIT_CUTS} cuts of {len(nats):,} targets, no score before the cut depends on what comes after it")
-        worst = check_distribution(evaluator, *last[0])
-        run.log.note(f"audit: C2 holds: in the last row scored the probabilities of all {config.vocab_size} tokens sum to 1, to {worst:.1e}")
+            if cut in probabilities and not torch.equal(other_probabilities[cut], probabilities[cut]):
+                raise Violation(f"C1, causality: the probabilities of target {cut + 1} depend on that token or on later ones")
+        furthest = 0.0
+        for cut, every in probabilities.items():
+            total, target = float(every.neg().exp().sum()), int(text.tokens[cut + 1])
+            furthest = max(furthest, abs(total - 1))
+            if not abs(total - 1) < 1e-3:
+                raise Violation(f"C2, normalisation: the probabilities of all tokens sum to {total:.6f} after token {cut}")
+            if not abs(float(every[target]) - nats[cut]) < 1e-3 * (1 + abs(nats[cut])):
+                raise Violation(f"C2, normalisation: the score of target {cut + 1} is {nats[cut]:.4f} nats, and that of its probability {every[target]:.4f}")
     finally:
         watching = False
     if touched:
         raise Violation(f"the evaluation touched {touched[0]}")
+    run.log.note(f"audit: C1 holds: at {len(cuts)} cuts of {len(nats):,} targets, no score before the cut and no probability at it depends on what follows")
+    run.log.note(f"audit: C2 holds: there the probabilities of all {config.vocab_size:,} tokens sum to 1, to {furthest:.1e}, and give the scores")
     run.log.note("audit: C3 and C4 hold: each target was scored once, and learnt from only afterwards; no training shard was opened, no connection made")
 
 
@@ -4720,8 +4735,9 @@ def stage_inputs(config: Config) -> tuple[Config, dict[str, Any] | None, bytes]:
             config = with_model_settings(config, header["settings"])
         except ValueError as error:
             raise ValueError(f"{config.artifact}: not a valid artifact: {'; '.join(str(error).splitlines())}") from None
-    if config.scores_file and not Path(config.scores_file).parent.is_dir():
-        raise ValueError(f"SCORES_FILE={config.scores_file}: there is no folder {Path(config.scores_file).parent}; make it first")
+    for name, path in (("SCORES_FILE", config.scores_file), ("DOCUMENTS_FILE", config.documents_file)):
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{name}={path}: there is no folder {Path(path).parent}; make it first")
     return config, checkpoint, artifact
 
 

@@ -97,6 +97,7 @@ def test_tiny_keeps_what_the_preset_says_about_other_settings() -> None:
         ("QUANT_SCHEME", "gptq", "gptq"),
         ("EMBED_BITS", "16", 16),
         ("LAYER_BITS", "0-2:8,8:16", "0-2:8,8:16"),
+        ("TTT_LORA_TARGETS", "head,q", "head,q"),
         ("RUN_ID", "größe = 3", "größe = 3"),
         ("RUN_ID", "", ""),
     ],
@@ -136,6 +137,12 @@ def test_good_value(name: str, text: str, value: Any) -> None:
         ("QUANT_SCHEME", "int8", "one of: rowmax gptq_lite gptq adaptive rate"),
         ("CODE_ORDER", "", "one of: rows columns sorted"),
         ("LAYER_BITS", "0:9", "LAYERS:BITS with 2 to 8 or 16 bits, as 0-2:8,10:8"),
+        ("FINAL_EVAL", "ttt", "one of: chunked sliding ttt_sgd ttt_lora ttt_phased"),
+        ("TTT_LORA_TARGETS", "", "some of q,k,v,out,up,gate,down,head, each once"),
+        ("TTT_LORA_TARGETS", "q,o", "some of q,k,v,out,up,gate,down,head, each once"),
+        ("TTT_LORA_TARGETS", "q,v,q", "some of q,k,v,out,up,gate,down,head, each once"),
+        ("TILT_BOOST", "20.5", "0 to 20"),
+        ("AUDIT_TOKENS", "63", "at least 64"),
         ("RUN_ID", "a\nSEED=3", "printable"),
         ("RUN_ID", "\x1b[31m", "printable"),
         ("PRESET", "dmeo", "did you mean demo?"),
@@ -195,7 +202,7 @@ def test_unknown_argument_is_refused_with_the_nearest_name(argument: str, hint: 
         ("NUM_LAYER", "did you mean NUM_LAYERS?"),
         ("WARM_UP_STEPS", "did you mean WARMUP_STEPS?"),
         ("MUON_NESTEROV", "unset it, or IGNORE_ENV=MUON_NESTEROV"),  # nothing is near, but the family is ours
-        ("TTT_LR", "unset it, or IGNORE_ENV=TTT_LR"),
+        ("TTT_FREEZE_BLOCKS", "unset it, or IGNORE_ENV=TTT_FREEZE_BLOCKS"),
     ],
 )
 def test_near_miss_in_the_environment_is_refused(name: str, hint: str) -> None:
@@ -292,16 +299,16 @@ def test_the_launch_command_of_a_record_is_accepted_as_a_whole(record: str) -> N
 
 
 # The command of the record 2026-04-27 (PR #1855), in three parts: what is set here too, what is answered, and what belongs to parts of that system
-# (adaptation, other text, kernels) that this script does not have: its names resemble none of ours, so nothing can tell them from the system's.
+# (other text, kernels) that this script does not have: its names resemble none of ours, so nothing can tell them from the system's.
 COMMAND_1855 = """
     DATA_PATH=d TOKENIZER_PATH=t.model VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 EMBED_BITS=7 MATRIX_LR=0.026 GRAD_CLIP_NORM=0.3
     WARMUP_STEPS=20 MUON_BACKEND_STEPS=5 WARMDOWN_FRAC=0.85 BETA2=0.99 VAL_LOSS_EVERY=0 GATE_WINDOW=12 SEED=42
     MATRIX_CLIP_SIGMAS=12.85 MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0
-    LQER_RANK=4 LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3
+    LQER_RANK=4 LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3 TTT_LORA_RANK=80
 """
 ANSWERED_1855 = """
     MIN_LR=0.1 SPARSE_ATTN_GATE_SCALE=0.5 SPARSE_ATTN_GATE_ENABLED=1 SMEAR_GATE_ENABLED=1 TTT_CHUNK_SIZE=48 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5
-    TTT_LORA_RANK=80 GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 CASEOPS_ENABLED=1 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500
+    GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 CASEOPS_ENABLED=1 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2500
     PHASED_TTT_NUM_PHASES=3 GLOBAL_TTT_MOMENTUM=0.9 LQER_ENABLED=1 LQER_ASYM_ENABLED=1 COMPRESSOR=pergroup
 """
 UNKNOWN_1855 = """
@@ -328,6 +335,13 @@ def test_names_of_the_quantisers_of_the_records_are_answered_with_where_they_wen
         "LQER_ASYM_ENABLED": "LQER_LEFT_BITS", "COMPRESSOR": "CODER",
     }  # fmt: skip
     assert {name: here for name, here in answers.items() if not train_gpt.RENAMED[name].startswith(here)} == {}
+
+
+def test_names_of_the_adaptation_of_the_best_record_are_settings_or_answered_with_where_they_went() -> None:
+    names = [word.partition("=")[0] for word in (COMMAND_1855 + ANSWERED_1855).split()]
+    adaptation = {name for name in names if name.startswith(("TTT_", "PHASED_TTT_", "GLOBAL_TTT_"))}
+    assert adaptation & set(SETTINGS) == {"TTT_LORA_RANK"} and len(adaptation) == 8
+    assert adaptation <= {*SETTINGS, *train_gpt.RENAMED}
 
 
 # One case for every rule of `validate`: settings that break this rule and no other.
@@ -383,6 +397,10 @@ BROKEN_RULES = {
     "EMBED_BITS=15": "MATRIX_BITS, MLP_BITS and EMBED_BITS are (8, 8, 15): expected 2 to 8, or 16",
     "LAYER_BITS=8-9:4": "LAYER_BITS=8-9:4 must name layers below NUM_LAYERS=9",
     "SCORES_FILE=scores.txt": "SCORES_FILE=scores.txt: expected a name that ends in .npy",
+    "DOCUMENTS_FILE=documents.npy": "DOCUMENTS_FILE=documents.npy: expected a name that ends in .csv",
+    "FINAL_EVAL=ttt_sgd EVAL_STRIDE=1025": "EVAL_STRIDE=1025 must be at most the window, 1024",
+    "FINAL_EVAL=ttt_lora DOC_MASK=0": "FINAL_EVAL=ttt_lora needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS=48 of at most the window, 1024",
+    "FINAL_EVAL=ttt_phased TTT_LORA_CHUNK_TOKENS=1025": "FINAL_EVAL=ttt_phased needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS=1025 of at most the window",
 }
 
 
@@ -417,7 +435,8 @@ def test_every_rule_between_settings_has_a_case() -> None:
         "TRAIN_SEQ_SCHEDULE=96@0.5,1024@1 TRAIN_BATCH_TOKENS=3072 TRAIN_BATCH_SCHEDULE=3072@0.5,1024@1",
         "WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.5 WARMDOWN_ENDS=0.5,1",
         "QUANT_SCHEME=rowmax CODER=zlib", "QUANT_SCHEME=gptq CODER=brotli", "QUANT_SCHEME=adaptive CODER=zstd", "QUANT_SCHEME=gptq_lite CODER=range",
-        "MATRIX_BITS=16", "MLP_BITS=0", "MLP_BITS=2 EMBED_BITS=16", "LAYER_BITS=0-8:16",
+        "MATRIX_BITS=16", "MLP_BITS=0", "MLP_BITS=2 EMBED_BITS=16", "LAYER_BITS=0-8:16", "DOCUMENTS_FILE=documents.csv", "FINAL_EVAL=ttt_sgd DOC_MASK=0",
+        "TTT_LORA_CHUNK_TOKENS=1025", "FINAL_EVAL=ttt_lora TTT_LORA_CHUNK_TOKENS=1024", "FINAL_EVAL=ttt_phased EVAL_SEQ_LEN=2048 TTT_LORA_CHUNK_TOKENS=2048",
     ],
 )  # fmt: skip
 def test_edge_that_the_rules_allow(allowed: str) -> None:

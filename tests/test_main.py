@@ -22,7 +22,7 @@ RunHere = Callable[..., Ended]
 
 RESULT_KEYS = [
     *("run_id", "preset", "seed", "world_size", "device", "torch", "params", "steps", "train_seconds", "eval_seconds", "step_ms"),
-    *("tokens_per_second", "val_loss", "val_bpb", "pre_quant_val_bpb", "quant_val_bpb", "scores"),
+    *("tokens_per_second", "val_loss", "val_bpb", "pre_quant_val_bpb", "quant_val_bpb", "adapted_frac", "scores"),
     *("bytes_model", "bytes_code", "bytes_total", "bytes_cap"),
 ]
 
@@ -53,7 +53,7 @@ def test_the_result_has_the_promised_keys_and_is_the_last_event(reference: Finis
     result = reference.result()
     assert list(result) == RESULT_KEYS
     assert list(result["scores"]) == ["chunked", "sliding"]
-    assert all(set(score) == {"val_loss", "val_bpb", "seconds"} for score in result["scores"].values())
+    assert all(set(score) == {"val_loss", "val_bpb", "seconds", "adapted_frac"} for score in result["scores"].values())
     last = reference.events()[-1]
     assert {key: last[key] for key in RESULT_KEYS} == result and set(last) == {"event", "time", *RESULT_KEYS}
 
@@ -67,9 +67,10 @@ def test_the_result_agrees_with_the_events(reference: Finished, tiny: Start) -> 
     assert result["step_ms"] == pytest.approx(1000 * result["train_seconds"] / result["steps"])
     assert result["tokens_per_second"] == pytest.approx(config.train_batch_tokens * result["steps"] / result["train_seconds"])
     assert [event["name"] for event in evals] == ["chunked", "sliding"]
-    assert result["scores"] == {event["name"]: {key: event[key] for key in ("val_loss", "val_bpb", "seconds")} for event in evals}
+    assert result["scores"] == {event["name"]: {key: event[key] for key in ("val_loss", "val_bpb", "seconds", "adapted_frac")} for event in evals}
     assert (result["val_loss"], result["val_bpb"]) == (evals[1]["val_loss"], evals[1]["val_bpb"])
     assert result["quant_val_bpb"] == evals[0]["val_bpb"] and result["pre_quant_val_bpb"] == vals[-1]["val_bpb"]
+    assert result["adapted_frac"] == evals[1]["adapted_frac"] == 1
     assert result["eval_seconds"] == pytest.approx(sum(event["seconds"] for event in evals))
 
 
@@ -126,7 +127,7 @@ def test_the_score_is_that_of_the_artifact_whatever_was_trained(run_here: RunHer
     world = train_gpt.World("cpu")
     run = train_gpt.Run(config, world, train_gpt.Log(None), tmp_path, train_gpt.StopSignals(), source="")
     model = train_gpt.read_artifact((tmp_path / "runs" / "run" / "artifact.bin").read_bytes(), config, "artifact.bin")
-    expected = train_gpt.evaluate(run, model, train_gpt.load_val(config), "sliding", train_gpt.Schedule(config).scored_phase)
+    expected = train_gpt.evaluate(run, model, model, train_gpt.load_val(config), "sliding", train_gpt.Schedule(config).scored_phase)
     assert (result["val_loss"], result["val_bpb"]) == (expected.val_loss, expected.val_bpb)
     assert abs(result["val_bpb"] - result["pre_quant_val_bpb"]) > 0.1, "the trained weights would have another score"
 
@@ -136,7 +137,8 @@ def test_training_alone_leaves_a_checkpoint_and_no_score(run_here: RunHere, tmp_
     assert ended.code == 0, ended.errors
     result = Finished(tmp_path / "runs" / "run", Path(), "").result()
     assert list(result) == RESULT_KEYS and result["steps"] == 2 and result["pre_quant_val_bpb"] > 0
-    assert result["val_bpb"] is result["quant_val_bpb"] is result["bytes_model"] is result["bytes_total"] is None and result["scores"] == {}
+    assert result["val_bpb"] is result["quant_val_bpb"] is result["bytes_model"] is result["bytes_total"] is result["adapted_frac"] is None
+    assert result["scores"] == {}
     assert (tmp_path / "runs" / "run" / "checkpoint.pt").exists() and not (tmp_path / "runs" / "run" / "artifact.bin").exists()
 
 

@@ -77,7 +77,7 @@ def new_trainer(config: train_gpt.Config, folder: Path, validate: Callable[..., 
     model.init_weights()
     folder.mkdir(exist_ok=True)
     run = train_gpt.Run(config, world, train_gpt.Log(folder), folder, train_gpt.StopSignals(), source="")
-    return train_gpt.Trainer(run, model, train_gpt.TrainLoader(config), validate or (lambda forward, phase: train_gpt.Score(1.0, 1.0, 0.0, 1, 1)))
+    return train_gpt.Trainer(run, model, train_gpt.TrainLoader(config), validate or (lambda forward, phase: train_gpt.Score(1.0, 1.0, 0.0, 1, 1, 1.0)))
 
 
 def test_validation_runs_the_layers_of_the_latest_step(tiny: Start, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_validation_runs_the_layers_of_the_latest_step(tiny: Start, tmp_path: Pa
 
     def validate(forward: Callable[..., Any], phase: train_gpt.Phase) -> train_gpt.Score:
         seen.append(phase)
-        return train_gpt.Score(1.0, 1.0, 0.0, 1, 1)
+        return train_gpt.Score(1.0, 1.0, 0.0, 1, 1, 1.0)
 
     new_trainer(config, tmp_path / "run", validate).train()
     assert [phase.order for phase in seen] == [(0, 1, 2)] * 2 + [(0, 1, 0, 1, 2)] * 2
@@ -281,7 +281,7 @@ def test_training_stops_just_before_the_wall_clock_limit_and_validation_is_not_c
     def validate(forward: Callable[..., Any], phase: train_gpt.Phase) -> train_gpt.Score:
         validated.append(clock.now)
         clock.now += 1000
-        return train_gpt.Score(1.0, 1.0, 1000.0, 1, 1)
+        return train_gpt.Score(1.0, 1.0, 1000.0, 1, 1, 1.0)
 
     # The limit is a whole number of steps, and warm-up would use it up.
     config = tiny(MAX_WALLCLOCK_SECONDS=20 * step_seconds, ITERATIONS=1000, VAL_LOSS_EVERY=val_loss_every, WARMUP_STEPS=30)
@@ -465,7 +465,7 @@ def test_a_signal_during_any_step_stops_the_run_with_a_checkpoint(run_here: RunH
     assert at_step <= train_gpt.read_checkpoint(tmp_path / "runs" / "run" / "checkpoint.pt")["step"] <= at_step + 1
 
 
-@pytest.mark.parametrize("function", ["warm_up", "calibrate", "quantise", "pack", "score_windows"])
+@pytest.mark.parametrize("function", ["warm_up", "calibrate", "evaluate", "quantise", "pack", "score_artifact"])
 def test_a_signal_outside_training_exits_at_once(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def interrupted(*args: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
