@@ -584,8 +584,11 @@ def keep_packed(monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 # What a scheme may change in bits per byte, and in a weight: the mean square of its error over its own. Measured: 2e-4 and 1e-3 on grids of 6 bits that
 # reach the largest weight; 5e-3 and 0.1 on those that are clipped at 12 standard deviations or more; 4e-3 of `rate`, which may move weights that the
-# loss of this text does not feel as far as it likes.
-ROUNDING = {"rowmax": (1e-3, 2e-3), "gptq_lite": (1e-3, 2e-3), "gptq": (0.01, 0.2), "adaptive": (0.01, 0.2), "rate": (5e-3, math.inf)}
+# loss of this text does not feel as far as it likes; 6.4e-3 where its steps were frozen at the ninth of ten steps, when few layers had a curvature.
+ROUNDING = {
+    "rowmax": (1e-3, 2e-3), "gptq_lite": (1e-3, 2e-3), "gptq": (0.01, 0.2), "adaptive": (0.01, 0.2),
+    "rate": (5e-3, math.inf), "rate, frozen": (8e-3, math.inf),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", train_gpt.PRESETS)
@@ -608,7 +611,7 @@ def test_every_preset_trains_exports_and_scores_what_it_reads_back(
     assert all(average["count"] for average in checkpoint["state"]["averages"].values()), "every average of the preset has begun"
     assert result["val_loss"] < math.log(384), "better than an untrained model"
     scheme = config.quant_scheme
-    bpb_change, weight_change = ROUNDING[scheme]
+    bpb_change, weight_change = ROUNDING["rate, frozen" if scheme == "rate" and changed else scheme]
     assert result["quant_val_bpb"] == pytest.approx(result["pre_quant_val_bpb"], abs=bpb_change)
     assert result["val_bpb"] == pytest.approx(result["quant_val_bpb"], abs=0.02), "the same model with more context: measured 3e-3"
     data = (run.folder / "artifact.bin").read_bytes()
