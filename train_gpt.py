@@ -668,7 +668,7 @@ def validate(config: Config) -> list[str]:
     )
     require(not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0")
     require(
-        c.final_eval == "chunked" or c.eval_stride <= c.window,
+        (c.final_eval == "chunked" and not c.documents_file) or c.eval_stride <= c.window,
         f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
     )
     require(c.quant_scheme != "rate" or c.coder == "range", f"QUANT_SCHEME=rate needs CODER=range, not {c.coder}: its codes do not fit bytes")
@@ -680,6 +680,7 @@ def validate(config: Config) -> list[str]:
         c.final_eval not in ("ttt_lora", "ttt_phased") or (c.ttt_lora_chunk_tokens <= c.window and c.doc_mask),
         f"FINAL_EVAL={c.final_eval} needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS={c.ttt_lora_chunk_tokens} of at most the window, {c.window} tokens",
     )
+    require(c.swiglu or c.ttt_lora_targets != "gate", "TTT_LORA_TARGETS=gate: without SWIGLU there is no such projection")
     require(not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy")
     return problems
 
@@ -4265,7 +4266,7 @@ class Evaluator:
         self.ledger = Ledger(self.inputs)
         tilted = self.config.tilt_boost > 0 and name != "chunked"
         self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if tilted else None
-        self.sgd = torch.optim.SGD(model.parameters(), self.config.ttt_lr, self.config.ttt_momentum)
+        self.sgd: torch.optim.SGD | None = None
         self.adapters: DocumentAdapters | None = None
         self.kept: dict[int, list[Tensor]] = {}  # A of each stream
         self.began, self.adapted, self.is_adapting = time.perf_counter(), 0, True
@@ -4275,14 +4276,14 @@ class Evaluator:
 
     def read(self, windows: np.ndarray, length: int) -> Batch:
         """Returns the rows of windows (first input read, first scored, end), `length` inputs long; nothing from `end` on is read."""
-        rows = np.full((len(windows), length + 1), self.config.bos_id, dtype=np.int64)
+        tokens, targets = (np.full((len(windows), length), self.config.bos_id, dtype=np.int64) for _ in range(2))
         hints = np.full((len(windows), length), -1, dtype=np.int64)
-        for row, hint, (start, _, end) in zip(rows, hints, windows, strict=True):
-            row[: end - start + 1] = self.val.tokens[start : end + 1]
+        for row, (start, _, end) in enumerate(windows):
+            tokens[row, : end - start], targets[row, : end - start] = self.val.tokens[start:end], self.val.tokens[start + 1 : end + 1]
             if self.hints is not None:
-                hint[: end - start] = self.hints[start:end]
-        tokens = to_device(rows, self.world.device)
-        return Batch(tokens[:, :-1], tokens[:, 1:], to_device(hints, self.world.device) if self.hints is not None else None)
+                hints[row, : end - start] = self.hints[start:end]
+        device = self.world.device
+        return Batch(to_device(tokens, device), to_device(targets, device), to_device(hints, device) if self.hints is not None else None)
 
     def nats(self, batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
         """Returns (loss, score) of every target, shaped as targets: (B, T), or (B, T, K) for K of them; they differ by the tilt alone.
@@ -4366,7 +4367,7 @@ class Evaluator:
         starts = self.starts[(self.starts >= stretch.first) & (self.starts < stretch.end)]
         return np.stack([starts, np.append(starts[1:], stretch.end)], axis=1)
 
-    def score_documents(self, stretch: Stretch) -> None:
+    def score_documents(self, stretch: Stretch, reads_later: float) -> None:
         """Scores this rank's documents of a stretch, each with adapters of its own that learn from its chunks: longest first, or in text order with warm A."""
         documents, size = self.documents(stretch), self.config.ttt_lora_batch_docs
         warm = self.config.ttt_lora_warm_a
@@ -4380,7 +4381,7 @@ class Evaluator:
         for number in mine:
             batch, stream = batches[number], number % STREAMS
             windows_left = sum(len(windows) for other, windows in plain.items() if other != number)
-            if not self.has_time(costs[number], self.window * windows_left):
+            if not self.has_time(costs[number], self.window * windows_left + reads_later):
                 continue
             del plain[number]
             self.adapters.reset(self.kept.get(stream))
@@ -4429,6 +4430,7 @@ class Evaluator:
             end = min(first + size, stretch.end)
             self.ledger.allow_learning(first, end)
             windows = np.array([(start, start, min(start + length, end)) for start in range(first, end, length)])[world.rank :: world.size]
+            self.sgd = self.sgd or torch.optim.SGD(parameters, c.ttt_lr, c.ttt_momentum)
             self.sgd.param_groups[0]["lr"] = c.ttt_lr * lr_scale
             for _ in range(c.ttt_epochs):
                 for parameter in parameters:
@@ -4452,7 +4454,7 @@ class Evaluator:
             for number, stretch in enumerate(self.stretches):
                 if self.by_document:
                     self.model.requires_grad_(False)
-                    self.score_documents(stretch)
+                    self.score_documents(stretch, sum(reads[number + 1 :]) / world.size)
                     self.model.requires_grad_(True)
                 else:
                     windows = self.windows(stretch.first, stretch.end)
@@ -4517,7 +4519,9 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     if run.world.is_main:
         write_scores(config, val, final.ledger.nats, evaluators[names[1]].ledger.nats, document_starts(val.tokens, config.bos_id))
     if config.audit:
-        audit(run, lambda text: Evaluator(run, model, forward, text, config.final_eval, phase), val)
+        # Without a clock, which might decide differently each time, and with chunks so short that there is something to learn from.
+        audited = run._replace(config=replace(config, eval_seconds=0.0, ttt_chunk_tokens=min(config.ttt_chunk_tokens, config.audit_tokens // 4)))
+        audit(run, lambda text: Evaluator(audited, model, forward, text, config.final_eval, phase), val)
     return scores
 
 

@@ -399,6 +399,7 @@ BROKEN_RULES = {
     "SCORES_FILE=scores.txt": "SCORES_FILE=scores.txt: expected a name that ends in .npy",
     "DOCUMENTS_FILE=documents.npy": "DOCUMENTS_FILE=documents.npy: expected a name that ends in .csv",
     "FINAL_EVAL=ttt_sgd EVAL_STRIDE=1025": "EVAL_STRIDE=1025 must be at most the window, 1024",
+    "TTT_LORA_TARGETS=gate": "TTT_LORA_TARGETS=gate: without SWIGLU there is no such projection",
     "FINAL_EVAL=ttt_lora DOC_MASK=0": "FINAL_EVAL=ttt_lora needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS=48 of at most the window, 1024",
     "FINAL_EVAL=ttt_phased TTT_LORA_CHUNK_TOKENS=1025": "FINAL_EVAL=ttt_phased needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS=1025 of at most the window",
 }
