@@ -4270,6 +4270,7 @@ class Evaluator:
         self.adapters: DocumentAdapters | None = None
         self.kept: dict[int, list[Tensor]] = {}  # A of each stream
         self.began, self.adapted, self.is_adapting = time.perf_counter(), 0, True
+        self.first_batch = (0.0, 0.0)  # seconds and cost until its end
         self.done, self.total, self.is_predicted = 0.0, sum(self.cost(stretch) for stretch in self.stretches) / run.world.size, False
 
     # -- What a row is, and its score
@@ -4335,6 +4336,8 @@ class Evaluator:
     def note_progress(self, cost: float) -> None:
         """Adds to the work that is done, shows how far it is, and says once how long all of it takes."""
         self.done += cost
+        if self.done == cost:
+            self.first_batch = (time.perf_counter() - self.began, cost)
         seconds, share = time.perf_counter() - self.began, min(self.done / self.total, 1.0)
         if seconds > 5 and not self.is_predicted:
             self.is_predicted = True
@@ -4342,11 +4345,17 @@ class Evaluator:
             self.log.note(f"the {self.name} evaluation will take about {seconds / share:,.0f} s{limit}")
         self.log.progress(f"{self.name} evaluation {100 * share:.0f}%  {clock_text(seconds * (1 / share - 1))} left")
 
+    def pace(self) -> float:
+        """Returns the seconds per input read, without the first batch, which may compile, where there are others; 0 before there is any."""
+        seconds, (first_seconds, first_cost) = time.perf_counter() - self.began, self.first_batch
+        if self.done > first_cost:
+            return (seconds - first_seconds) / (self.done - first_cost)
+        return seconds / self.done if self.done else 0.0
+
     def has_time(self, cost: float, reads_left: float) -> bool:
         """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
         seconds = time.perf_counter() - self.began
-        pace = max(seconds / self.done if self.done else 0.0, self.plain_seconds)
-        return not self.config.eval_seconds or seconds + pace * cost + self.plain_seconds * reads_left <= self.config.eval_seconds
+        return not self.config.eval_seconds or seconds + max(self.pace(), self.plain_seconds) * cost + self.plain_seconds * reads_left <= self.config.eval_seconds
 
     # -- Scoring
 
@@ -4510,8 +4519,9 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     names = ["chunked", *["sliding"] * bool(config.documents_file), config.final_eval]
     scores: dict[str, Score] = {}
     evaluators: dict[str, Evaluator] = {}
+    plain_seconds = 0.0
     for name in dict.fromkeys(names):
-        plain_seconds = scores["chunked"].seconds * run.world.size / scores["chunked"].targets if scores else 0.0
+        plain_seconds = plain_seconds or (evaluators["chunked"].pace() if scores else 0.0)
         evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds)
         scores[name] = evaluators[name].score()
         run.log.event("eval", name=name, **scores[name]._asdict())
