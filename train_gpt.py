@@ -4355,7 +4355,8 @@ class Evaluator:
     def has_time(self, cost: float, reads_left: float) -> bool:
         """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
         seconds = time.perf_counter() - self.began
-        return not self.config.eval_seconds or seconds + max(self.pace(), self.plain_seconds) * cost + self.plain_seconds * reads_left <= self.config.eval_seconds
+        needed = max(self.pace(), self.plain_seconds) * cost + self.plain_seconds * reads_left
+        return not self.config.eval_seconds or seconds + needed <= self.config.eval_seconds
 
     # -- Scoring
 

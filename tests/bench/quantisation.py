@@ -2,6 +2,7 @@
 
     python tests/bench/quantisation.py runs/A/checkpoint.pt [runs/B/checkpoint.pt ...]      every scheme x coder, and each role alone
     python tests/bench/quantisation.py --curve runs/A/checkpoint.pt ...                     the tax from 1.5 to 4 bits per weight, gptq against rate
+    python tests/bench/quantisation.py --qat runs/A/checkpoint.pt ...                       the same with late QAT, from a checkpoint at 80% of the steps
     python tests/bench/quantisation.py --loops runs/A/checkpoint.pt ...                     of looped layers: how the error grows from pass to pass
     python tests/bench/quantisation.py --table                                              only write the tables and plots again
 
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from train_gpt import Stored  # noqa: E402
 FOLDER = ROOT / "records" / "quantisation_cpu"
 RESULTS = FOLDER / "results.jsonl"
 PUBLIC = {"quant_scheme": "gptq", "matrix_bits": 6, "embed_bits": 7}
+CLIPS = ("attn_clip_sigmas", "mlp_clip_sigmas", "matrix_clip_sigmas", "embed_clip_sigmas")
 CURVE_BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
 
 
@@ -46,6 +48,7 @@ class Bench(NamedTuple):
     """A checkpoint with its statistics and the text that quantised models are scored on."""
 
     name: str
+    step: int
     config: train_gpt.Config
     model: train_gpt.GPT
     world: train_gpt.World
@@ -72,7 +75,7 @@ def open_bench(path: Path, eval_tokens: int, calibration_tokens: int) -> Bench:
     weights = sum(part.weight.numel() for part in train_gpt.weight_parts(model).values())
     text_bytes = float(val.target_bytes[: count * config.train_seq_len].sum()) / (count * config.train_seq_len)
     name = f"{path.parent.name}-{saved['step']}"
-    return Bench(name, config, model, world, curvatures, torch.from_numpy(np.stack(spans)), text_bytes, weights)
+    return Bench(name, saved["step"], config, model, world, curvatures, torch.from_numpy(np.stack(spans)), text_bytes, weights)
 
 
 def twin(bench: Bench, **settings: Any) -> train_gpt.GPT:
@@ -342,6 +345,57 @@ def measure_curve(bench: Bench) -> None:
                     **costs(bench, outcome.stored)})  # fmt: skip
 
 
+def finish_run(bench: Bench, path: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """Returns the folder of a run that went on from the checkpoint at `path` under these settings, now or in an earlier call."""
+    saved = train_gpt.read_checkpoint(path)
+    run_id = f"qat-{bench.name}-{name}"
+    config = replace(train_gpt.Config(**{**saved["settings"], "qat_start_frac": 1.0}), run_id=run_id, stages="train,export", resume=False, **settings)
+    folder = Path(config.runs_dir) / run_id
+    if not (folder / "checkpoint.pt").exists():
+        folder.mkdir(parents=True)
+        (folder / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
+        train_gpt.write_config(folder, config)
+        content = {key: value for key, value in saved.items() if key != "digest"} | {"settings": asdict(config)}
+        torch.save({**content, "digest": train_gpt.content_digest(content)}, folder / "checkpoint.pt")
+    if not (folder / "artifact.bin").exists():
+        subprocess.run([sys.executable, str(folder / "train_gpt.py"), f"@{folder / 'config.env'}", "RESUME=1"], check=True)
+    return folder
+
+
+def measure_qat(bench: Bench, path: Path) -> None:
+    """Measures what late QAT saves: gptq and rate at fixed bits per weight, on a run that was stopped at the point where QAT is to start."""
+    done = {(row["checkpoint"], row["row"]) for row in read_results()}
+    plain = open_bench(finish_run(bench, path, "none", {}) / "checkpoint.pt", bench.rows[:, 1:].numel(), bench.config.calibration_tokens)
+
+    def loss(model: train_gpt.GPT) -> float:
+        phase = train_gpt.Schedule(bench.config).scored_phase
+        with torch.inference_mode():
+            sums = [float(model(rows[:, :-1], rows[:, 1:], phase).sum()) for rows in bench.rows.split(16)]
+        return sum(sums) / bench.rows[:, 1:].numel()
+
+    reference = loss(plain.model)
+    code_bytes = train_gpt.code_bytes((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    for bits in CURVE_BITS:
+        budget = int(bits * bench.weights / 8)
+        for scheme in ("gptq", "rate"):
+            row = f"qat {scheme} {bits}"
+            if (bench.name, row) in done:
+                continue
+            if scheme == "gptq":
+                after = meet(budget, bench.weights, 2.0 ** max(3.5 - bits, 0), clipped(plain, "gptq", CODERS["range"]), passes=10)
+                settings = {**PUBLIC, **{name: getattr(bench.config, name) * after.step for name in CLIPS}}
+            else:
+                after = meet(budget, bench.weights, first_step(plain, budget), rated(plain), passes=10)
+                settings = {"quant_scheme": "rate"}
+            late = {"qat_start_frac": bench.step / bench.config.iterations, "calibration_tokens": bench.config.calibration_tokens}
+            folder = finish_run(bench, path, f"{scheme}-{bits}", {**settings, **late, "coder": "range", "bytes_cap": budget + code_bytes})
+            artifact = (folder / "artifact.bin").read_bytes()
+            config = replace(train_gpt.Config(**train_gpt.read_checkpoint(folder / "checkpoint.pt")["settings"]), compile=False, device="cpu")
+            change = loss(train_gpt.read_artifact(artifact, config, str(folder))) - reference
+            entry = {"checkpoint": bench.name, "row": row, "bytes": len(artifact), "bits_per_weight": 8 * len(artifact) / bench.weights}
+            append({**entry, "loss_change": change, "bytes_without": after.bytes, "loss_change_without": costs(plain, after.stored)["loss_change"]})
+
+
 def stream_errors(bench: Bench, stored: Mapping[str, Stored]) -> list[float]:
     """Returns how far the stream is off after each pass through the looped layers, relative to its size, when all weights are stored."""
     other = train_gpt.GPT(bench.config)
@@ -490,6 +544,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--curve", action="store_true", help="the tax from 1.5 to 4 bits per weight")
+    parser.add_argument("--qat", action="store_true", help="the same with and without late QAT")
     parser.add_argument("--loops", action="store_true", help="looped layers: how the error grows from pass to pass")
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of the validation split")
@@ -499,7 +554,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for path in arguments.checkpoints:
         bench = open_bench(path, arguments.eval_tokens, arguments.calibration_tokens)
-        (measure_curve if arguments.curve else measure_loops if arguments.loops else measure)(bench)
+        if arguments.qat:
+            measure_qat(bench, path)
+        else:
+            (measure_curve if arguments.curve else measure_loops if arguments.loops else measure)(bench)
     write_page()
 
 
