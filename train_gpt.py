@@ -17,6 +17,8 @@ import ast
 import base64
 import difflib
 import hashlib
+import importlib
+import inspect
 import itertools
 import json
 import lzma
@@ -53,6 +55,12 @@ import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # only a GPU needs it
+    triton = None
+
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Config
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -62,6 +70,11 @@ from torch import Tensor, nn
 
 # Bits per weight that an artifact can hold: integers on a grid, or float16.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+# Attention on a GPU, in the order of what is expected of their speed.
+ATTENTION_ORDER = ("fa3", "fa4", "varlen", "flex", "sdpa")
+KERNEL_NAMES = ("cross_entropy", "symmetric")
 
 
 class ConfigError(ValueError):
@@ -100,12 +113,27 @@ def parse_layers(text: str) -> list[int]:
     return [int(layer) for layer in layers]
 
 
-def parse_projections(text: str) -> list[str]:
-    """Returns the projections in "q,v". Raises ValueError on other text."""
-    names, known = text.split(","), ("q", "k", "v", "out", "up", "gate", "down", "head")
+def parse_names(text: str, known: Sequence[str]) -> list[str]:
+    """Returns the names in "a,b", all of them `known`; [] for "". Raises ValueError on other text."""
+    names = text.split(",") if text else []
     if not set(names) <= set(known) or len(set(names)) < len(names):
         raise ValueError(f"expected some of {','.join(known)}, each once")
     return names
+
+
+def parse_projections(text: str) -> list[str]:
+    """Returns the projections in "q,v". Raises ValueError on other text."""
+    return parse_names(text or "none", ("q", "k", "v", "out", "up", "gate", "down", "head"))
+
+
+def parse_kernels(text: str) -> list[str]:
+    """Returns the Triton kernels in "symmetric": none for "none", all for "auto". Raises ValueError on other text."""
+    return {"none": [], "auto": list(KERNEL_NAMES)}.get(text) or (parse_names(text, KERNEL_NAMES) if text != "none" else [])
+
+
+def parse_fp8(text: str) -> list[str]:
+    """Returns the products in "head,mlp" that are done in float8. Raises ValueError on other text."""
+    return parse_names(text, ("head", "mlp"))
 
 
 def parse_layer_bits(text: str) -> dict[int, int]:
@@ -148,7 +176,12 @@ class Config:
     device: str = setting("auto", "auto = cuda where there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
-    attention_backend: str = setting("sdpa", "sdpa = PyTorch's fused kernels; reference = plain maths", choices=("sdpa", "reference"))
+    attention_backend: str = setting(
+        "auto", "auto = the first in this order that passes its test on this GPU; sdpa on other devices", choices=("auto", *ATTENTION_ORDER, "reference")
+    )
+    kernels: str = setting("auto", "Triton kernels: auto = all that pass their test on this GPU; none; or cross_entropy,symmetric", form=parse_kernels)
+    mlp_post_only: bool = setting(False, "squared relu: keep only its result for backward, the sign of its argument in the last bit")
+    fp8: str = setting("", "forward products in float8 e4m3: some of head,mlp; empty = none", form=parse_fp8)
     ignore_env: str = setting("", "comma-separated environment variables that are not meant for this script, whatever they look like")
 
     # data
@@ -733,6 +766,7 @@ class World:
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu")
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        self.kernels = Kernels(ATTENTION["sdpa"]())
         self.control: dist.ProcessGroup | None = None
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -1069,6 +1103,7 @@ class TrainLoader:
         if longest <= config.train_seq_len:
             raise ValueError(f"DATA_PATH={config.data_path}: the longest train shard has {longest} tokens, too short for TRAIN_SEQ_LEN={config.train_seq_len}")
         self.state = {"passes": 0, "shard": 0, "row": 0, "seq_len": 0, "tokens": 0}
+        self.bounds = DocumentBounds(config)
         self.starts_key: tuple[int, ...] = ()
         self.starts = np.empty(0, dtype=np.int64)
 
@@ -1092,7 +1127,7 @@ class TrainLoader:
         self.state.update(row=0, shard=0 if last else self.state["shard"] + 1, passes=self.state["passes"] + last)
 
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
-        """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64 on the rank's device.
+        """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64, on the CPU.
 
         A change of `seq_len` goes on with the next shard: cutting this one anew would repeat some of its text and never reach other parts.
         """
@@ -1114,12 +1149,27 @@ class TrainLoader:
         rows = [self.shards[shard][start : start + seq_len + 1] for shard, start in mine]
         for row, (shard, _) in zip(rows, mine, strict=True):
             check_tokens(row, self.config.vocab_size, self.paths[shard])
-        return to_device(np.stack(rows), world.device)
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def to_device(tokens: np.ndarray, device: torch.device) -> Tensor:
-    """Returns `tokens` as int64 on `device`; the copy to a GPU does not block the host."""
-    tensor = torch.from_numpy(tokens.astype(np.int64))
+class DocumentBounds:
+    """Upper bounds on the documents of a forward, so generous that few batches of a shape need another one, and a compiled graph."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.bounds: dict[tuple[int, ...], int] = {}
+
+    def of(self, tokens: Tensor) -> int:
+        """Returns a power of two that is no less than the documents, and rows that go on with one, of tokens (B, T) on the CPU."""
+        count = len(tokens) + int((tokens[:, 1:] == self.config.bos_id).sum()) * self.config.doc_mask
+        shape = tuple(tokens.shape)
+        if count > self.bounds.get(shape, 0):
+            self.bounds[shape] = 2 ** math.ceil(math.log2(1.5 * count))
+        return self.bounds[shape]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns `tensor` on `device`; the copy to a GPU does not block the host."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -1218,6 +1268,7 @@ class Phase:
     seq_len: int
     batch_tokens: int = 0  # of a training step; no evaluation reads it
     qat: bool = False
+    documents: int = 0  # a forward has at most so many, each counted in every row it is in; 0 = attention counts them, which a compiled graph cannot
 
 
 class Progress(NamedTuple):
@@ -1462,6 +1513,428 @@ def predicted_bits_per_weight(scheme: str, bits: int, columns: int, clip_sigmas:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------------------------------------------
+# Owns the operations whose speed decides a run on a GPU: attention within documents, the loss of the head, symmetric products, the MLP's
+# activation, float8 products. Each has a plain form, its reference; another form serves only after it has passed its test on the GPU at hand.
+
+# q (B, H, T, C), k and v (B, K, T, C) -> (B, H, T, C)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Backend(NamedTuple):
+    """A way to compute causal attention that stays within documents."""
+
+    plan: Callable[[Tensor, Config, Phase], Attend]  # of tokens (B, T); made once a forward, used by every layer
+    is_ragged: bool = False  # takes all rows as one sequence of documents, and reads Phase.documents
+
+
+class Kernels(NamedTuple):
+    """What computes on this machine."""
+
+    attention: Backend
+    names: tuple[str, ...] = ()  # of KERNEL_NAMES, those in use
+
+
+def document_ids(tokens: Tensor, bos_id: int) -> Tensor:
+    """Returns the number of the document each token belongs to, counted along its row: (B, T). A document starts at its BOS."""
+    return (tokens == bos_id).cumsum(dim=1)
+
+
+def document_mask(tokens: Tensor, bos_id: int) -> Tensor:
+    """Returns which positions each position may attend to: itself and earlier ones of its own document, (B, 1, T, T) bool."""
+    ids = document_ids(tokens, bos_id)
+    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+    return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
+
+
+def document_offsets(tokens: Tensor, config: Config, most: int) -> Tensor:
+    """Returns where documents start when rows (B, T) are laid end to end, then B T until there are most + 1 entries: int32.
+
+    A row starts a segment of its own. `most` = 0 stands for as many as there are, which the host waits for.
+    """
+    starts = (tokens == config.bos_id) if config.doc_mask else torch.zeros_like(tokens, dtype=torch.bool)
+    starts = (starts | (torch.arange(tokens.shape[1], device=tokens.device) == 0)).flatten()
+    most = most or int(starts.sum())
+    positions = torch.arange(len(starts), device=tokens.device)
+    first = torch.where(starts, positions, len(starts)).sort().values[:most]
+    return F.pad(first, (0, most + 1 - len(first)), value=len(starts)).int()
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns attention by its definition: q (B, H, T, C), k and v (B, K, T, C), mask (B, 1, T, T) -> (B, H, T, C)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns what `attention_reference` returns, by PyTorch's fused kernels."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def dense(kernel: Callable[..., Tensor]) -> Backend:
+    """Returns the backend of kernel(q, k, v, mask), which sees every pair of positions of a row."""
+
+    def plan(tokens: Tensor, config: Config, phase: Phase) -> Attend:
+        mask = document_mask(tokens, config.bos_id) if config.doc_mask else None
+        return lambda q, k, v: kernel(q, k, v, mask)
+
+    return Backend(plan)
+
+
+def ragged(kernel: Callable[..., Tensor]) -> Backend:
+    """Returns the backend of kernel(q (N, H, C), k, v (N, K, C), offsets, longest), which sees documents laid end to end."""
+
+    def plan(tokens: Tensor, config: Config, phase: Phase) -> Attend:
+        offsets, (rows, length) = document_offsets(tokens, config, phase.documents), tokens.shape
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (side.transpose(1, 2).flatten(0, 1) for side in (q, k, v))
+            return kernel(q, k, v, offsets, length).unflatten(0, (rows, length)).transpose(1, 2)
+
+        return attend
+
+    return Backend(plan, is_ragged=True)
+
+
+def flex_backend() -> Backend:
+    """Returns FlexAttention, which skips blocks of positions that no document has in common."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def plan(tokens: Tensor, config: Config, phase: Phase) -> Attend:
+        (rows, length), ids = tokens.shape, document_ids(tokens, config.bos_id) * config.doc_mask
+
+        def visible(row: Tensor, head: Tensor, at: Tensor, other: Tensor) -> Tensor:
+            return (at >= other) & (ids[row, at] == ids[row, other])
+
+        mask = create_block_mask(visible, rows, None, length, length, device=tokens.device.type)
+        return lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return Backend(plan)
+
+
+def varlen_backend() -> Backend:
+    """Returns PyTorch's attention over documents laid end to end: FlashAttention 2, or what has been activated in its place."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # PyTorch 2.11 takes fewer key heads unasked
+        options["enable_gqa"] = True
+    kernel: Callable[..., Any] = varlen_attn
+    return ragged(lambda q, k, v, offsets, longest: kernel(q, k, v, offsets, offsets, longest, longest, **options))
+
+
+def fa3_backend() -> Backend:
+    """Returns FlashAttention 3, where its `flash_attn_interface` is installed."""
+    importlib.import_module("flash_attn_interface")
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+    return varlen_backend()
+
+
+@cache
+def fa4_backend() -> Backend:
+    """Returns FlashAttention 4, where flash-attn-4 is installed; its releases return two to five values, of which the first are the same in all."""
+    module = importlib.import_module("flash_attn.cute.interface")
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        seen = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        out, lse, *_ = module._flash_attn_fwd(q, k, v, causal=True, return_lse=True, **seen)
+        return out, lse.contiguous()
+
+    def backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradient: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv, *_ = module._flash_attn_bwd(q, k, v, out, gradient, lse, causal=True, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+        return dq, dk, dv
+
+    define: Callable[..., Any] = partial(torch.library.custom_op, mutates_args=())
+    operator = define("golf::flash4", forward, schema="(Tensor q, Tensor k, Tensor v, Tensor offsets, int longest) -> (Tensor, Tensor)")
+    inputs = "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gradient, Tensor offsets"
+    reverse = define("golf::flash4_backward", backward, schema=f"({inputs}) -> (Tensor, Tensor, Tensor)")
+    operator.register_fake(lambda q, k, v, offsets, longest: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+    reverse.register_fake(lambda q, k, v, out, lse, gradient, offsets: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, offsets, _ = inputs
+        ctx.save_for_backward(q, k, v, *output, offsets)
+
+    def gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, offsets = ctx.saved_tensors
+        return (*reverse(*kept, gradient.contiguous(), offsets), None, None)
+
+    operator.register_autograd(gradients, setup_context=setup)
+    return ragged(lambda q, k, v, offsets, longest: operator(q, k, v, offsets, longest)[0])
+
+
+ATTENTION: dict[str, Callable[[], Backend]] = {
+    "fa3": fa3_backend, "fa4": fa4_backend, "varlen": varlen_backend, "flex": flex_backend,
+    "sdpa": partial(dense, attention_sdpa), "reference": partial(dense, attention_reference),
+}  # fmt: skip
+
+
+def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Returns the least cosine between tensors of the two sequences, or nan where one is not finite."""
+    pairs = [(x.flatten().double().cpu(), y.flatten().double().cpu()) for x, y in zip(a, b, strict=True)]
+    return min(float(x @ y / (x.norm() * y.norm() + 1e-30)) if bool(x.isfinite().all()) else math.nan for x, y in pairs)
+
+
+LEAST_COSINE = 0.999  # between a result in bfloat16 and its reference
+
+
+def check_attention(backend: Backend, config: Config, device: torch.device) -> None:
+    """Raises RuntimeError unless a backend gives the output and gradients of the reference, on ragged documents with the heads of this model."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.full((2, 320), (config.bos_id + 1) % config.vocab_size)
+    tokens[0, [0, 7, 136, 137]] = tokens[1, [63, 300]] = config.bos_id
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
+    sides = [torch.randn(2, count, 320, config.head_dim, generator=generator) for count in heads]
+    phase = Phase((), 320, documents=16)
+
+    def results(backend: Backend, dtype: torch.dtype, *, compile: bool) -> list[Tensor]:
+        q, k, v, direction = (side.to(device, dtype) for side in sides)
+        inputs = [side.requires_grad_() for side in (q, k, v)]
+        run = compiled(lambda tokens, q, k, v: backend.plan(tokens, config, phase)(q, k, v), replace(config, compile=compile))
+        y = run(tokens.to(device), *inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, direction)]
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = cosine(results(backend, dtype, compile=config.compile), results(dense(attention_reference), torch.float32, compile=False))
+    if not found >= LEAST_COSINE:
+        raise RuntimeError(f"it disagrees with the reference: cosine {found:.4f}")
+
+
+def choose_attention(config: Config, world: World) -> tuple[str, Backend]:
+    """Returns the name and backend of ATTENTION_BACKEND, for auto of the first that works here; rank 0 decides. Raises ValueError where none does."""
+    on_gpu = world.device.type == "cuda"
+    names = (config.attention_backend,) if config.attention_backend != "auto" else ATTENTION_ORDER if on_gpu else ("sdpa",)
+    chosen, problems = "", list[str]()
+    for name in names if world.is_main else ():
+        try:
+            backend = ATTENTION[name]()
+            if on_gpu or name not in ("sdpa", "reference"):
+                check_attention(backend, config, world.device)
+            chosen = name
+            break
+        except Exception as problem:  # a library that is missing or does not fit this GPU or PyTorch raises anything
+            problems.append(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}")
+            getattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)()
+    chosen, problems = world.from_main((chosen, problems))
+    if not chosen:
+        raise ValueError(f"ATTENTION_BACKEND={config.attention_backend} does not work here ({'; '.join(problems)}); choose another, or auto")
+    return chosen, ATTENTION[chosen]()
+
+
+if triton is not None:
+
+    @triton.jit
+    def cross_entropy_kernel(logits, targets, losses, gradients, columns, positive, negative, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """One row: its loss, and the gradient of that loss by its logits, from one read of them."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < columns
+        raw = tl.load(logits + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        bound = tl.where(raw > 0, positive, negative)
+        share = 2.0 * tl.sigmoid(2.0 * raw / bound) - 1.0  # tanh
+        capped = tl.where(inside, bound * share, float("-inf"))
+        top = tl.max(capped, 0)
+        shares = tl.exp(capped - top)
+        total = tl.sum(shares, 0)
+        hit = column == tl.load(targets + row)
+        tl.store(losses + row, top + tl.log(total) - tl.sum(tl.where(hit, capped, 0.0), 0))
+        slope = (shares / total - tl.where(hit, 1.0, 0.0)) * (1.0 - share * share)
+        tl.store(gradients + row * columns + column, slope, mask=inside)
+
+    @triton.jit
+    def symmetric_kernel(x, plus, out, rows, columns, alpha, beta, HAS_PLUS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+        """One block on or above the diagonal of alpha x x^T + beta plus, written to its place and, transposed, to its mirror's."""
+        i, j, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        if i > j:
+            return
+        x += batch * rows * columns
+        row, column, depth = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+        total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for start in range(0, columns, DEPTH):
+            at = start + depth
+            left = tl.load(x + row[:, None] * columns + at, mask=(row[:, None] < rows) & (at < columns), other=0.0)
+            right = tl.load(x + column[:, None] * columns + at, mask=(column[:, None] < rows) & (at < columns), other=0.0)
+            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        total *= alpha
+        place = batch * rows * rows + row[:, None] * rows + column
+        inside = (row[:, None] < rows) & (column < rows)
+        if HAS_PLUS:
+            total += beta * tl.load(plus + place, mask=inside, other=0.0).to(tl.float32)
+        result = total.to(out.dtype.element_ty)
+        tl.store(out + place, result, mask=inside)
+        if i < j:
+            mirror = batch * rows * rows + column[:, None] * rows + row
+            tl.store(out + mirror, tl.trans(result), mask=(column[:, None] < rows) & (row < rows))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, positive: float, negative: float) -> tuple[Tensor, Tensor]:
+    """Returns (losses (N,), their gradients by the logits): of raw logits (N, V), softcapped in between. The plain form of `fused_cross_entropy`."""
+    raw = logits if logits.dtype == torch.float64 else logits.float()
+    bound = torch.where(raw > 0, positive, negative)
+    share = torch.tanh(raw / bound)
+    capped = bound * share
+    normaliser = capped.logsumexp(dim=1, keepdim=True)
+    losses = (normaliser - capped.gather(1, targets[:, None]))[:, 0]
+    slopes = (capped - normaliser).exp().scatter_add(1, targets[:, None], -torch.ones_like(normaliser))
+    return losses, (slopes * (1 - share * share)).to(logits.dtype)
+
+
+@torch.library.custom_op("golf::cross_entropy", mutates_args=(), schema="(Tensor logits, Tensor targets, float positive, float negative) -> (Tensor, Tensor)")
+def fused_cross_entropy(logits: Tensor, targets: Tensor, positive: float, negative: float) -> tuple[Tensor, Tensor]:
+    """Returns what `cross_entropy` returns, by a kernel that reads the logits once."""
+    count, columns = logits.shape
+    losses, gradients = logits.new_empty(count, dtype=torch.float32), torch.empty_like(logits)
+    block = triton.next_power_of_2(columns)
+    cross_entropy_kernel[(count,)](logits, targets, losses, gradients, columns, positive, negative, BLOCK=block, num_warps=min(max(block // 1024, 1), 16))
+    return losses, gradients
+
+
+fused_cross_entropy.register_fake(
+    lambda logits, targets, positive, negative: (logits.new_empty(logits.shape[0], dtype=torch.float32), torch.empty_like(logits))
+)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Losses (N,) of x (N, D) through a head (V, D). The gradient by the logits, kept from forward, is for a loss of weight 1; each row's own weight
+    multiplies x and its gradient instead, which are V / D times smaller. Source: modded-nanogpt record 79 does the first half."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, targets: Tensor, positive: float, negative: float, kernel: Callable[..., Any]) -> Tensor:
+        losses, slopes = kernel(x @ weight.T, targets, positive, negative)
+        context.save_for_backward(x, weight, slopes)
+        return losses
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, slopes = context.saved_tensors
+        share = gradient[:, None].to(x.dtype)
+        return share * (slopes @ weight), slopes.T @ (share * x), None, None, None, None
+
+
+@torch.library.custom_op("golf::symmetric", mutates_args=(), schema="(Tensor x, Tensor? plus=None, float alpha=1.0, float beta=0.0) -> Tensor")
+def fused_symmetric(x: Tensor, plus: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Returns what `symmetric` returns, computing one triangle. Source: modded-nanogpt record 27 uses the symmetry."""
+    x = x.contiguous()
+    count, rows, columns = x.shape
+    out = x.new_empty(count, rows, rows)
+    blocks = triton.cdiv(rows, SYMMETRIC_BLOCK)
+    grid = (blocks, blocks, count)
+    symmetric_kernel[grid](
+        x, out if plus is None else plus.contiguous(), out, rows, columns, alpha, beta, HAS_PLUS=plus is not None, BLOCK=SYMMETRIC_BLOCK, DEPTH=32, num_warps=4
+    )
+    return out
+
+
+SYMMETRIC_BLOCK = 64
+fused_symmetric.register_fake(lambda x, plus=None, alpha=1.0, beta=0.0: x.new_empty(x.shape[0], x.shape[1], x.shape[1]))
+
+
+def symmetric(x: Tensor, plus: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """Returns alpha x x^T + beta plus of x (n, rows, columns): (n, rows, rows). `plus` is symmetric; where x is, this is alpha x^2 + beta plus."""
+    return alpha * (x @ x.transpose(1, 2)) if plus is None else torch.baddbmm(plus, x, x.transpose(1, 2), beta=beta, alpha=alpha)
+
+
+def check_kernel(name: str, device: torch.device) -> None:
+    """Raises RuntimeError unless a Triton kernel gives the result of its plain form."""
+    generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16 if device.type == "cuda" else torch.float32
+    found, expected = list[Tensor](), list[Tensor]()
+    if name == "cross_entropy":
+        logits, targets = (20 * torch.randn(70, 1000, generator=generator)).to(dtype), torch.randint(1000, (70,), generator=generator)
+        found += fused_cross_entropy(logits.to(device), targets.to(device), 30.0, 20.0)
+        expected += cross_entropy(logits.double(), targets, 30.0, 20.0)
+    else:
+        x = (torch.randn(2, 100, 150, generator=generator) / 12).to(dtype)
+        gram = fused_symmetric(x.to(device))
+        found += [gram, fused_symmetric(gram, gram, 0.5, -2.0)]
+        expected += [symmetric(x.double()), symmetric(gram.cpu().double(), gram.cpu().double(), 0.5, -2.0)]
+    least = cosine(found, expected)
+    if not least >= LEAST_COSINE:
+        raise RuntimeError(f"it disagrees with its plain form: cosine {least:.4f}")
+
+
+def choose_kernels(config: Config, world: World) -> tuple[list[str], list[str]]:
+    """Returns (the Triton kernels in use, why others are not); rank 0 decides. Raises ValueError where one that KERNELS names fails."""
+    works, problems = list[str](), list[str]()
+    for name in parse_kernels(config.kernels) if world.is_main and (world.device.type == "cuda" or config.kernels != "auto") else []:
+        try:
+            if triton is None:
+                raise ImportError("Triton is not installed")
+            check_kernel(name, world.device)
+            works.append(name)
+        except Exception as problem:  # the compiler of kernels raises anything
+            problems.append(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}")
+    works, problems = world.from_main((works, problems))
+    if problems and config.kernels != "auto":
+        raise ValueError(f"KERNELS={config.kernels} does not work here ({'; '.join(problems)}); use KERNELS=auto or none")
+    return works, problems
+
+
+def squared_leaky_relu(slope: float, x: Tensor) -> Tensor:
+    """Returns leaky_relu(x)^2."""
+    return F.leaky_relu(x, slope).square()
+
+
+class SquaredLeakyReLU(torch.autograd.Function):
+    """leaky_relu(x)^2, of which backward needs the result alone: the sign of x is in its last bit, to whose parity it is rounded.
+
+    That makes a bfloat16 result 0.06% larger or smaller on average.
+    """
+
+    @staticmethod
+    def forward(context: Any, slope: float, x: Tensor) -> Tensor:
+        squared = F.leaky_relu(x.float(), slope).square()
+        # Of two neighbours with the wanted last bit, one is nearer: a bfloat16 is the upper half of a float32.
+        spare = 17 if x.dtype == torch.bfloat16 else 1
+        below = (x < 0).int() << (spare - 1)
+        pattern = (((squared.view(torch.int32) - below + (1 << (spare - 1))) >> spare) << spare) + below
+        kept = pattern.view(torch.float32).to(x.dtype)
+        context.save_for_backward(kept)
+        context.slope = slope
+        return kept
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (kept,) = context.saved_tensors
+        is_negative = kept.view(torch.int16 if kept.dtype == torch.bfloat16 else torch.int32) & 1
+        factor = torch.where(is_negative == 1, -context.slope, 1.0)
+        return None, (gradient.float() * (2 * factor * kept.float().sqrt())).to(gradient.dtype)
+
+
+FLOAT8_MAX = 448.0  # of e4m3
+
+
+def float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (x in e4m3, the factor that brings it back): scaled so that its largest value is the format's."""
+    scale = x.detach().abs().amax().float().clamp_min(1e-12) / FLOAT8_MAX
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+class Float8Product(torch.autograd.Function):
+    """x W^T with both sides in float8, x (N, inputs) and W (outputs, inputs); backward in the dtype of x."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(x, weight)
+        (left, left_scale), (right, right_scale) = float8(x), float8(weight)
+        return torch._scaled_mm(left, right.T, scale_a=left_scale, scale_b=right_scale, out_dtype=x.dtype, use_fast_accum=True)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = context.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x W^T of x (..., inputs), the product in float8."""
+    return Float8Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
 # Model
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Owns the network and its initial weights. There is one forward, for training, scoring, calibration and adaptation; `phase` says what it
@@ -1481,21 +1954,9 @@ class Rows(NamedTuple):
 
     cos: Tensor  # (T, rotated / 2)
     sin: Tensor
-    mask: Tensor | None  # (B, 1, T, T), True where attention may look; None = everything up to the own position
+    attend: Attend  # attention within the documents of these rows
     follows: Tensor  # (B, T, 1), 1 where the token has a predecessor in its row and document, else 0
     value: Tensor | None  # (B, T, K C), the value embedding of the tokens
-
-
-def document_ids(tokens: Tensor, bos_id: int) -> Tensor:
-    """Returns the number of the document each token belongs to, counted along its row: (B, T). A document starts at its BOS."""
-    return (tokens == bos_id).cumsum(dim=1)
-
-
-def document_mask(tokens: Tensor, bos_id: int) -> Tensor:
-    """Returns which positions each position may attend to: itself and earlier ones of its own document, (B, 1, T, T) bool."""
-    ids = document_ids(tokens, bos_id)
-    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
-    return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
 
 
 def follows_in_document(tokens: Tensor, bos_id: int) -> Tensor:
@@ -1506,24 +1967,6 @@ def follows_in_document(tokens: Tensor, bos_id: int) -> Tensor:
 def previous(x: Tensor, rows: Rows) -> Tensor:
     """Returns x (B, T, ...) of the position before, zero where that is not in the same document."""
     return F.pad(x[:, :-1], (0, 0, 1, 0)) * rows.follows
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns attention by its definition: q (B, H, T, C), k and v (B, K, T, C), mask (B, 1, T, T) -> (B, H, T, C)."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    visible = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v
-
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns what `attention_reference` returns, by PyTorch's fused kernels."""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-
-
-ATTENTION_BACKENDS = {"sdpa": attention_sdpa, "reference": attention_reference}
 
 
 def rms_norm(x: Tensor, scale: float | None = None) -> Tensor:
@@ -1643,16 +2086,37 @@ class Weight(Part):
 
 
 class Linear(Weight):
-    """y = x W^T, W (outputs, inputs), cast to x's dtype; plus the adapter's output where one is given."""
+    """y = diag(scale) x W^T, W (outputs, inputs), cast to x's dtype; plus the adapter's output where one is given.
+
+    A scale is multiplied into the weight, not the output: backward then needs no pass over activations for it.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, config: Config, role: Role = Role.MATRIX, layer: int | None = None, *, zero_init: bool = False
     ) -> None:
         super().__init__((outputs, inputs), config, role, nn.init.zeros_ if zero_init else MATRIX_STARTS[config.matrix_init], layer)
+        self.product = float8_linear if role.value in parse_fp8(config.fp8) else F.linear
 
-    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "") -> Tensor:
-        y = F.linear(x, self.stored(phase).to(x.dtype))
-        return y if adapters is None or name not in adapters else y + adapters[name](x)
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None = None, name: str = "", scale: Tensor | None = None) -> Tensor:
+        weight = self.stored(phase) if scale is None else scale[:, None] * self.stored(phase)
+        y = self.product(x, weight.to(x.dtype))
+        if adapters is None or name not in adapters:
+            return y
+        added = adapters[name](x)
+        return y + (added if scale is None else scale.to(x.dtype) * added)
+
+
+class Joined(nn.Module):
+    """Several projections of one input as one product: (B, T, D) -> one output for each."""
+
+    def __init__(self, **members: Linear) -> None:
+        super().__init__()
+        self.members = members  # not registered: their parameters belong to who made them
+
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> tuple[Tensor, ...]:
+        weight = torch.cat([member.stored(phase).to(x.dtype) for member in self.members.values()])
+        outputs = F.linear(x, weight).split([len(member.weight) for member in self.members.values()], dim=-1)
+        return tuple(y if adapters is None or name not in adapters else y + adapters[name](x) for name, y in zip(self.members, outputs, strict=True))
 
 
 def weight_parts(model: nn.Module) -> dict[str, Weight]:
@@ -1771,14 +2235,34 @@ class TiedHead(nn.Module):
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
         self.embedding = embedding
+        self.product = float8_linear if "head" in parse_fp8(embedding.table.config.fp8) else F.linear
 
     def forward(self, x: Tensor, phase: Phase) -> Tensor:
-        return F.linear(self.thin(x, phase), self.embedding.table.stored(phase).to(x.dtype))
+        return self.product(self.thin(x, phase), self.matrix(phase).to(x.dtype))
+
+    def matrix(self, phase: Phase) -> Tensor:
+        """Returns the table, (V, D) or (V, EMBED_RANK)."""
+        return self.embedding.table.stored(phase)
 
     def thin(self, x: Tensor, phase: Phase) -> Tensor:
         """Returns what the table is multiplied with: x, or (B, T, EMBED_RANK)."""
         widen = self.embedding.widen
         return x if widen is None else x @ widen.stored(phase).to(x.dtype)
+
+
+class Head(Linear):
+    """A matrix of its own as the output head: x (B, T, D) -> (B, T, V)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.model_dim, config.vocab_size, config, Role.HEAD, zero_init=True)
+
+    def matrix(self, phase: Phase) -> Tensor:
+        """Returns the matrix, (V, D)."""
+        return self.stored(phase)
+
+    def thin(self, x: Tensor, phase: Phase) -> Tensor:
+        """Returns what the matrix is multiplied with: x."""
+        return x
 
 
 class ValueEmbedding(nn.Module):
@@ -1847,23 +2331,25 @@ class Attention(Part):
         self.k = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c, Role.ATTENTION, layer)
         self.v = Linear(c.model_dim, c.num_kv_heads * c.head_dim, c, Role.ATTENTION, layer)
         self.out = Linear(c.num_heads * c.head_dim, c.model_dim, c, Role.ATTENTION, layer, zero_init=True)
+        self.qkv = Joined(q=self.q, k=self.k, v=self.v)
         self.declare("q_gain", Role.GAIN, (c.num_heads,), constant(c.qk_gain_init))
-        self.attend = ATTENTION_BACKENDS[c.attention_backend]
         self.add_value = AddValue() if layer in c.value_embed_layer_list else Keep()
         self.exclude_self = ExcludeSelf() if layer >= c.num_layers - c.xsa_last_n else Keep()
         self.head_gate = HeadGate(c) if c.attention_gate_window else Keep()
 
-    def forward(self, x: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None, scale: Tensor) -> Tensor:
+        """Returns `scale` (D,) times attention of x (B, T, D)."""
+
         def split(projected: Tensor, heads: int) -> Tensor:
             return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
-        q = rms_norm(split(self.q(x, phase, adapters, "q"), self.heads))
-        k = rms_norm(split(self.k(x, phase, adapters, "k"), self.kv_heads))
-        v = split(self.add_value(self.v(x, phase, adapters, "v"), rows), self.kv_heads)
+        q, k, v = self.qkv(x, phase, adapters)
+        q, k = rms_norm(split(q, self.heads)), rms_norm(split(k, self.kv_heads))
+        v = split(self.add_value(v, rows), self.kv_heads)
         q = rotate(q, rows) * self.q_gain.to(q.dtype)[:, None, None]
-        y = self.attend(q, rotate(k, rows), v, rows.mask)
+        y = rows.attend(q, rotate(k, rows), v)
         y = self.head_gate(self.exclude_self(y, v), x)
-        return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out")
+        return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out", scale)
 
 
 class MLP(nn.Module):
@@ -1873,10 +2359,11 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(config.model_dim, config.mlp_dim, config, Role.MLP, layer)
         self.down = Linear(config.mlp_dim, config.model_dim, config, Role.MLP, layer, zero_init=True)
-        self.slope = config.leaky_relu_slope
+        self.activate = partial(SquaredLeakyReLU.apply if config.mlp_post_only else squared_leaky_relu, config.leaky_relu_slope)
 
-    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x, phase, adapters, "up"), self.slope).square(), phase, adapters, "down")
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None, scale: Tensor) -> Tensor:
+        """Returns `scale` (D,) times the MLP of x (B, T, D)."""
+        return self.down(self.activate(self.up(x, phase, adapters, "up")), phase, adapters, "down", scale)
 
 
 class SwiGLU(nn.Module):
@@ -1888,9 +2375,10 @@ class SwiGLU(nn.Module):
         self.up = Linear(config.model_dim, config.mlp_dim, config, Role.MLP, layer)
         self.down = Linear(config.mlp_dim, config.model_dim, config, Role.MLP, layer, zero_init=True)
 
-    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
+    def forward(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None, scale: Tensor) -> Tensor:
+        """Returns `scale` (D,) times the MLP of x (B, T, D)."""
         gated = F.silu(self.gate(x, phase, adapters, "gate")) * self.up(x, phase, adapters, "up")
-        return self.down(gated, phase, adapters, "down")
+        return self.down(gated, phase, adapters, "down", scale)
 
 
 def stream_alone(mix: Tensor) -> None:
@@ -1927,11 +2415,11 @@ class Block(Part):
 
     def attended(self, x: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         """Returns what attention adds to the stream."""
-        return self.attention_scale.to(x.dtype) * self.attention(self.norm(x), rows, phase, adapters)
+        return self.attention(self.norm(x), rows, phase, adapters, self.attention_scale)
 
     def transformed(self, x: Tensor, phase: Phase, adapters: SlotAdapters | None) -> Tensor:
         """Returns what the MLP adds to the stream."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x), phase, adapters)
+        return self.mlp(self.norm(x), phase, adapters, self.mlp_scale)
 
     def forward(self, lanes: Lanes, x0: Tensor, rows: Rows, phase: Phase, adapters: SlotAdapters | None) -> Lanes:
         (x,) = lanes
@@ -2048,6 +2536,7 @@ class GPT(nn.Module):
         c = config
         self.config = config
         self.dtype = dtype
+        self.kernels = Kernels(ATTENTION["reference" if c.attention_backend == "reference" else "sdpa"]())
         self.embedding = Embedding(c)
         self.stages = input_stages(c)
         self.value_embedding = ValueEmbedding(c) if c.value_embed_layers else None
@@ -2059,7 +2548,7 @@ class GPT(nn.Module):
         self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
         if c.qat_start_frac < 1 and c.quant_scheme == "rate":
             self.register_buffer("rate_step", torch.zeros(()))
-        self.head = TiedHead(self.embedding) if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, c, Role.HEAD, zero_init=True)
+        self.head = TiedHead(self.embedding) if c.tie_embeddings else Head(c)
 
     @property
     def frozen_step(self) -> float:
@@ -2077,9 +2566,9 @@ class GPT(nn.Module):
         """Returns what every layer needs to know about tokens (B, T)."""
         c = self.config
         cos, sin = rotary_table(c, tokens.shape[1], tokens.device, self.dtype)
-        mask = document_mask(tokens, c.bos_id) if c.doc_mask else None
+        attend = self.kernels.attention.plan(tokens, c, phase)
         value = None if self.value_embedding is None else self.value_embedding(tokens, phase, self.dtype)
-        return Rows(cos, sin, mask, follows_in_document(tokens, c.bos_id).to(self.dtype), value)
+        return Rows(cos, sin, attend, follows_in_document(tokens, c.bos_id).to(self.dtype), value)
 
     def hidden(self, tokens: Tensor, phase: Phase, adapters: Adapters | None) -> Tensor:
         """Returns the stream after the last block: tokens (B, T) -> (B, T, D). The first half of the executed layers push, the second half pop."""
@@ -2113,6 +2602,11 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T); of K targets at each position, (B, T, K) -> (B, T, K)."""
+        c = self.config
+        if "cross_entropy" in self.kernels.names and not adapters and targets.dim() == 2:
+            x = self.head.thin(rms_norm(self.hidden(tokens, phase, None)), phase).flatten(0, 1)
+            bounds = (c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
+            return HeadLoss.apply(x, self.head.matrix(phase).to(x.dtype), targets.flatten(), *bounds, fused_cross_entropy).view_as(targets)
         logits = self.logits(tokens, phase, adapters)
         if targets.dim() == 3:
             return logits.logsumexp(dim=-1, keepdim=True) - logits.gather(2, targets)
@@ -2146,13 +2640,14 @@ POLYNOMIALS = {
 GRAM_ASPECT = 1.5
 
 
-def orthogonalise(matrices: Tensor, steps: int, coefficients: str) -> Tensor:
+def orthogonalise(matrices: Tensor, steps: int, coefficients: str, product: Callable[..., Tensor] = symmetric) -> Tensor:
     """Returns matrices (n, rows, columns) with their singular values brought close to 1 and their singular vectors kept.
 
     Runs in bfloat16 on a GPU, where the iteration is bound by matrix products, and in the given dtype elsewhere. Each polynomial step
     is X <- (a + b G + c G^2) X with G = X X^T on the short side. All those factors are polynomials of the first G, so for long matrices
     they are multiplied together on the short side alone and applied to X once (Gram Newton-Schulz), with the same result. That product
     is kept in float32: in bfloat16 its rounding errors are amplified in the directions of small singular values until it explodes.
+    `product` computes as `symmetric` does.
     """
     safety, polynomials = POLYNOMIALS[coefficients]
     x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
@@ -2161,20 +2656,20 @@ def orthogonalise(matrices: Tensor, steps: int, coefficients: str) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) * safety + 1e-7)
     if x.shape[2] >= GRAM_ASPECT * x.shape[1]:
         precise = x if x.dtype == torch.float64 else x.float()
-        x = gram_factor(precise @ precise.transpose(1, 2), polynomials[:steps]).to(x.dtype) @ x
+        x = gram_factor(product(precise), polynomials[:steps], product).to(x.dtype) @ x
     else:
         for a, b, c in polynomials[:steps]:
-            gram = x @ x.transpose(1, 2)
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            gram = product(x)
+            x = a * x + product(gram, gram, c, b) @ x
     return x.transpose(1, 2) if tall else x
 
 
-def gram_factor(gram: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+def gram_factor(gram: Tensor, polynomials: Sequence[tuple[float, float, float]], product: Callable[..., Tensor] = symmetric) -> Tensor:
     """Returns the matrix F with F X = the result of all polynomial steps on X, from gram = X X^T (n, rows, rows)."""
     (a, b, c), *rest = polynomials
-    step = b * gram + c * gram @ gram
+    step = product(gram, gram, c, b)
     step.diagonal(dim1=1, dim2=2).add_(a)
-    return gram_factor(step @ gram @ step, rest) @ step if rest else step
+    return gram_factor(step @ gram @ step, rest, product) @ step if rest else step
 
 
 def take_gradients(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -2223,7 +2718,8 @@ class MuonGroup:
         c = self.config
         if c.muon_row_normalize:
             momentum = momentum / momentum.norm(dim=2, keepdim=True).clamp_min(1e-7)
-        return orthogonalise(momentum, c.muon_backend_steps, c.muon_coefficients).to(momentum.dtype)
+        product = fused_symmetric if "symmetric" in self.world.kernels.names else symmetric
+        return orthogonalise(momentum, c.muon_backend_steps, c.muon_coefficients, product).to(momentum.dtype)
 
     def step(self, gradients: list[Tensor], knobs: Knobs, ok: Tensor) -> None:
         """Moves the weights; leaves them as they are where `ok` is 0."""
@@ -2514,7 +3010,7 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gr
     """
     config, head = model.config, model.head
     num_rows = -(-config.calibration_tokens // (phase.seq_len * world.size)) * world.size
-    tokens = loader.next_rows(num_rows, phase.seq_len, world)[:, :-1]
+    tokens = to_device(loader.next_rows(num_rows, phase.seq_len, world), world.device)[:, :-1]
     draws = torch.rand(num_rows, phase.seq_len, generator=torch.Generator().manual_seed(config.seed))
     draws = draws[world.rank * len(tokens) : (world.rank + 1) * len(tokens)].to(world.device)
     sums: dict[tuple[str, str, str], Tensor] = {}  # by parameter, use and side
@@ -2526,10 +3022,14 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gr
 
     def on_multiply(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         calls[name] += 1
-        use = f"multiply {calls[name]}"
+        use, scale = f"multiply {calls[name]}", arguments[4] if len(arguments) > 4 else None
         add(name, use, "inputs", gram(arguments[0]))
         if gradients:
-            output.register_hook(lambda gradient: add(name, use, "outputs", gram(gradient)))
+            output.register_hook(lambda gradient: add(name, use, "outputs", gram(gradient if scale is None else gradient * scale.detach())))
+
+    def on_multiply_joined(path: str, module: Joined, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        for name, output in zip(module.members, outputs, strict=True):
+            on_multiply(f"{path.rpartition('.')[0]}.{name}.weight", module, arguments[:1], output)
 
     def on_lookup(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         if gradients:
@@ -2547,7 +3047,9 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gr
     scored = "embedding.table.weight" if isinstance(head, TiedHead) else "head.weight"
     handles = [head.register_forward_hook(on_score)]
     for path, module in model.named_modules():
-        if isinstance(module, Weight) and module is not head:
+        if isinstance(module, Joined):
+            handles.append(module.register_forward_hook(partial(on_multiply_joined, path)))
+        elif isinstance(module, Weight) and module is not head:
             handles.append(module.register_forward_hook(partial(on_lookup if isinstance(module, Table) else on_multiply, f"{path}.weight")))
     model.requires_grad_(False)
     try:
@@ -3097,7 +3599,10 @@ def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: 
     world, phase = optimizer.world, knobs.phase
     rows = loader.next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, world)
     loss = torch.zeros((), device=world.device)
-    for part in rows.split(rows_per_forward(loader.config, phase, world.size)):
+    for share_of_rows in rows.split(rows_per_forward(loader.config, phase, world.size)):
+        if world.kernels.attention.is_ragged:
+            phase = replace(phase, documents=loader.bounds.of(share_of_rows[:, :-1]))
+        part = to_device(share_of_rows, world.device)
         if loader.config.qat_loop_noise and phase.qat:  # the same noise on every rank, in every part of the batch, and after a resume
             torch.manual_seed(loader.config.seed + loader.state["tokens"])
         nats = forward(part[:, :-1], part[:, 1:], phase)
@@ -4006,12 +4511,14 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     rows = None
     if loader is not None:
         count = -(-HELD_OUT_TOKENS // (config.train_seq_len * world.size)) * world.size
-        rows = loader.next_rows(count, config.train_seq_len, world)
+        rows = to_device(loader.next_rows(count, config.train_seq_len, world), world.device)
 
     def cost(packed: Packed) -> dict[str, float]:
         if rows is None:
             return {}
-        kl, change = divergence(model, read_artifact(packed.data, config, "the artifact", world.device), rows, world)
+        stored = read_artifact(packed.data, config, "the artifact", world.device)
+        stored.kernels = world.kernels
+        kl, change = divergence(model, stored, rows, world)
         return {"kl": kl, "loss_change": change}
 
     scheme = config.quant_scheme
@@ -4019,6 +4526,7 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
         packed = fill_budget(model, curvatures, budget, run)
         costs = cost(packed)
         plain = GPT(replace(config, quant_scheme="gptq", qat_start_frac=1.0), model.dtype).to(world.device)
+        plain.kernels = world.kernels
         load_weights(plain, dict(model.named_parameters()))
         fallback = fit_clip(plain, curvatures, len(packed.data), run)
         plain_costs = cost(fallback)
@@ -4235,11 +4743,12 @@ def hints_of(tokens: np.ndarray, order: int, least: int) -> np.ndarray:
 
 
 class Batch(NamedTuple):
-    """Rows to score: (B, T) each, filled up with BOS where there is nothing to read."""
+    """Rows to score: (B, T) each. Where there is nothing to read they go on with some token, which no score before it sees."""
 
     tokens: Tensor
     targets: Tensor
     hints: Tensor | None
+    documents: int  # a bound on their number, where attention needs one
 
 
 # Batches of documents that keep A go round this many streams, which the ranks share: 1, 2, 4 and 8 ranks give the same scores.
@@ -4259,6 +4768,7 @@ class Evaluator:
         self.log, self.config, self.world, self.model, self.forward = run.log, run.config, run.world, model, forward
         self.val, self.name, self.phase, self.plain_seconds = val, name, phase, plain_seconds
         self.inputs, self.window = len(val.tokens) - 1, run.config.window
+        self.bounds = DocumentBounds(run.config)
         self.stride = self.window if name == "chunked" else run.config.eval_stride
         self.starts = document_starts(val.tokens, self.config.bos_id) if self.config.doc_mask else np.zeros(1, dtype=np.int64)
         self.stretches = plan_stretches(self.config, name, self.inputs, self.starts)
@@ -4277,21 +4787,23 @@ class Evaluator:
 
     def read(self, windows: np.ndarray, length: int) -> Batch:
         """Returns the rows of windows (first input read, first scored, end), `length` inputs long; nothing from `end` on is read."""
-        tokens, targets = (np.full((len(windows), length), self.config.bos_id, dtype=np.int64) for _ in range(2))
+        tokens, targets = (np.full((len(windows), length), (self.config.bos_id + 1) % self.config.vocab_size, dtype=np.int64) for _ in range(2))
         hints = np.full((len(windows), length), -1, dtype=np.int64)
         for row, (start, _, end) in enumerate(windows):
             tokens[row, : end - start], targets[row, : end - start] = self.val.tokens[start:end], self.val.tokens[start + 1 : end + 1]
             if self.hints is not None:
                 hints[row, : end - start] = self.hints[start:end]
-        device = self.world.device
-        return Batch(to_device(tokens, device), to_device(targets, device), to_device(hints, device) if self.hints is not None else None)
+        sent = [to_device(torch.from_numpy(side), self.world.device) for side in (tokens, targets, hints)]
+        documents = self.bounds.of(torch.from_numpy(tokens)) if self.world.kernels.attention.is_ragged else 0
+        return Batch(sent[0], sent[1], sent[2] if self.hints is not None else None, documents)
 
     def nats(self, batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
         """Returns (loss, score) of every target, shaped as targets: (B, T), or (B, T, K) for K of them; they differ by the tilt alone.
 
         With a hint h, p'(a) = e^(b [a = h]) p(a) / (1 + p(h) (e^b - 1)): the sum over all tokens a stays 1. Source: PR #1420.
         """
-        phase, boost = replace(self.phase, seq_len=batch.tokens.shape[1], batch_tokens=0), self.config.tilt_boost
+        phase = replace(self.phase, seq_len=batch.tokens.shape[1], batch_tokens=0, documents=batch.documents)
+        boost = self.config.tilt_boost
         if batch.hints is None:
             loss = self.forward(batch.tokens, batch.targets, phase, adapters)
             return loss, loss
@@ -4509,7 +5021,7 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     """Returns the scores of the model read back from `artifact`, by evaluation: chunked, FINAL_EVAL, and sliding where DOCUMENTS_FILE compares with it."""
     config = run.config
     model = read_artifact(artifact, config, config.artifact or str(run.folder / "artifact.bin"), run.world.device)
-    c = model.config
+    model.kernels, c = run.world.kernels, model.config
     model.config = replace(
         c, logit_softcap=config.eval_softcap or c.logit_softcap, logit_softcap_negative=config.eval_softcap_negative or c.logit_softcap_negative
     )
@@ -4554,10 +5066,10 @@ def watched(evaluator: Evaluator, cuts: Sequence[int]) -> tuple[np.ndarray, dict
         for row, (start, first, end) in enumerate(windows.tolist()):
             for cut in (cut for cut in cuts if first <= cut < end):
                 batch, adapters = last
-                tokens, hints = batch.tokens[: row + 1], None if batch.hints is None else batch.hints[: row + 1]
-                pieces = torch.arange(evaluator.config.vocab_size, device=tokens.device).split(64)
-                targets = [piece.expand(*tokens.shape, -1).contiguous() for piece in pieces]
-                seen[cut] = torch.cat([score_rows(Batch(tokens, some, hints), adapters)[1][row, cut - start].double() for some in targets])
+                some = batch._replace(tokens=batch.tokens[: row + 1], hints=None if batch.hints is None else batch.hints[: row + 1])
+                pieces = torch.arange(evaluator.config.vocab_size, device=some.tokens.device).split(64)
+                targets = [piece.expand(*some.tokens.shape, -1).contiguous() for piece in pieces]
+                seen[cut] = torch.cat([score_rows(some._replace(targets=target), adapters)[1][row, cut - start].double() for target in targets])
         write(windows, scores)
 
     evaluator.nats, evaluator.write = remember, look  # type: ignore[method-assign]
@@ -4664,18 +5176,23 @@ def what_fits(config: Config, budget: int) -> list[dict[str, float]]:
             model = GPT(replace(config, **changes))
         return sum(part.weight.numel() for part in weight_parts(model).values()), overhead_bits(model)
 
-    # The size grows by as much with each unit.
+    def bits_left(bits_per_weight: float, **changes: Any) -> float:
+        weights, overhead = size(**changes)
+        return 8 * budget - bits_per_weight * weights - overhead
+
+    # The size grows by about as much with each unit.
     units: dict[str, float] = {"num_layers": 1, "mlp_mult": (1.5 if config.swiglu else 1) / config.model_dim, "vocab_size": 64}
     weights, overhead = size()
     larger = {name: size(**{name: getattr(config, name) + unit}) for name, unit in units.items()}
     table = []
     for bits_per_weight in (2.0, 2.5, 3.0, 3.5):
-        row, left = {"bits_per_weight": bits_per_weight}, 8 * budget - bits_per_weight * weights - overhead
+        row, left = {"bits_per_weight": bits_per_weight}, bits_left(bits_per_weight)
         for name, unit in units.items():
             more_weights, more_overhead = larger[name]
             grown = getattr(config, name) + unit * (left // (bits_per_weight * (more_weights - weights) + more_overhead - overhead))
             limits = SETTINGS[name.upper()].metadata
             row[name] = type(unit)(min(max(grown, limits["low"]), limits["high"]))
+        row["num_layers"] += bits_left(bits_per_weight, num_layers=row["num_layers"] + 1) >= 0  # every second layer brings a skip as well
         table.append(row)
     return table
 
@@ -4781,10 +5298,15 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     val = load_val(config) if stages != ["export"] else None
 
     torch.manual_seed(config.seed)
+    name, attention = choose_attention(config, world)
+    kernels, problems = choose_kernels(config, world)
+    world.kernels = Kernels(attention, tuple(kernels))
     model = GPT(config, compute_dtype(config, world.device)).to(world.device)
+    model.kernels = world.kernels
     model.init_weights()
     world.copy_from_main([parameter.data for parameter in model.parameters()])  # drawn alike on equal machines, but nothing promises it
     run = open_run(config, world, signals, source, model)
+    run.log.note(f"attention by {name}; Triton kernels: {', '.join(kernels) or 'none'}" + "".join(f"; not {problem}" for problem in problems))
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}

@@ -24,10 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "data", ROOT / "records"):
     sys.path.insert(0, str(folder))
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; it is read when they are defined
+
 import forked  # noqa: E402
 import shards  # noqa: E402
 
 import train_gpt  # noqa: E402
+
+# What the script itself takes of BYTES_CAP: caps of tiny runs are given beyond it.
+CODE_BYTES = train_gpt.code_bytes((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
 
 torch.set_num_threads(1)
 

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import REFERENCE, ROOT, Ended, Finished, clean_environment, lively_model, small_config
+from conftest import CODE_BYTES, REFERENCE, ROOT, Ended, Finished, clean_environment, lively_model, small_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -1098,7 +1098,7 @@ def test_altered_artifacts_are_read_or_refused_and_nothing_else(tmp_path: Path) 
 # Stages
 
 
-FILLING = {"ITERATIONS": 6, "QUANT_SCHEME": "rate", "CODER": "range", "BYTES_CAP": 75_000, "CALIBRATION_TOKENS": 512}
+FILLING: dict[str, Any] = {"ITERATIONS": 6, "QUANT_SCHEME": "rate", "CODER": "range", "BYTES_CAP": CODE_BYTES + 9_000, "CALIBRATION_TOKENS": 512}
 
 
 @pytest.fixture(scope="module", params=[1, 0.5], ids=["no qat", "qat"])
@@ -1120,7 +1120,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rate_fills_what_the_cap_leaves_and_never_exceeds_it(filling: Finished) -> None:
     (event,), result = filling.events("export"), filling.result()
-    assert 0.99 * 75_000 < result["bytes_total"] <= 75_000 == result["bytes_cap"]
+    assert 0.99 * FILLING["BYTES_CAP"] < result["bytes_total"] <= FILLING["BYTES_CAP"] == result["bytes_cap"]
     assert (event["scheme"], event["coder"]) == ("rate", "range") and 0 < event["kl"] < 1
     artifact = (filling.folder / "artifact.bin").read_bytes()
     header, _ = parse(artifact)
@@ -1204,9 +1204,9 @@ def test_scoring_an_artifact_with_impossible_settings_ends_in_one_line_with_its_
 
 @pytest.mark.usefixtures("few_tokens")
 def test_a_cap_that_leaves_next_to_nothing_is_reported_with_what_would_fit_and_the_exit_code_is_3(run_here: Callable[..., Ended], tmp_path: Path) -> None:
-    ended = run_here(tmp_path, **{**FILLING, "ITERATIONS": 1, "BYTES_CAP": 58_000}, WARMUP_STEPS=0)
+    ended = run_here(tmp_path, **{**FILLING, "ITERATIONS": 1, "BYTES_CAP": CODE_BYTES - 8_000}, WARMUP_STEPS=0)
     assert ended.code == 3, ended.errors
-    assert "do not fit" in ended.output and "over BYTES_CAP=58,000" in ended.output
+    assert "do not fit" in ended.output and f"over BYTES_CAP={CODE_BYTES - 8_000:,}" in ended.output
     assert Finished(tmp_path / "runs" / "run", Path(), "").result()["val_bpb"] > 0
 
 

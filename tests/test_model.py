@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,8 @@ def test_rotary_table_holds_the_angles_of_the_paper(base: float) -> None:
 
 
 def bare_rows(cos: Tensor, sin: Tensor) -> Rows:
-    """Rows that hold positions and nothing else."""
-    return Rows(cos, sin, None, torch.empty(0), None)
+    """Rows of one document that hold positions and nothing else."""
+    return Rows(cos, sin, partial(train_gpt.attention_reference, mask=None), torch.empty(0), None)
 
 
 def rotated(x: Tensor, positions: Tensor, dims: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ from conftest import lively_model, small_config
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Allocation, Curvature, Grid, Linear, Phase, Role, Schedule, Table, TiedHead, World, assign_two_sided, weight_parts
+from train_gpt import Allocation, Curvature, Grid, Joined, Linear, Phase, Role, Schedule, Table, TiedHead, World, assign_two_sided, weight_parts
 
 ALONE = World("cpu")
 LENGTH = 16
@@ -107,9 +108,13 @@ def uses_by_definition(model: train_gpt.GPT, rows: Tensor) -> dict[str, list[tup
         seen.setdefault((name, use), []).append((before, after))
         return after
 
-    def multiply(part: Linear, x: Tensor, phase: Phase, *_: object) -> Tensor:
+    def multiply(part: Linear, x: Tensor, phase: Phase, adapters: object = None, name: str = "", scale: Tensor | None = None) -> Tensor:
         use = f"multiply {sum(name == names[part] for name, _ in seen)}"
-        return note(names[part], use, x, torch.einsum("bti,oi->bto", x, part.weight.double()))
+        y = note(names[part], use, x, torch.einsum("bti,oi->bto", x, part.weight.double()))
+        return y if scale is None else y * scale
+
+    def multiply_joined(joined: Joined, x: Tensor, phase: Phase, adapters: object) -> tuple[Tensor, ...]:
+        return tuple(multiply(member, x, phase) for member in joined.members.values())
 
     def look_up(part: Table, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
         return note(names[part], "look up", index, part.weight.double()[index])
@@ -121,7 +126,10 @@ def uses_by_definition(model: train_gpt.GPT, rows: Tensor) -> dict[str, list[tup
             thin = note(names[embedding.widen], "narrow", x, torch.einsum("bto,oi->bti", x, embedding.widen.weight.double()))
         return note(names[embedding.table], "score", thin, torch.einsum("bti,vi->btv", thin, embedding.table.weight.double()))
 
-    with mock.patch.multiple(Linear, forward=multiply), mock.patch.multiple(Table, forward=look_up), mock.patch.multiple(TiedHead, forward=score):
+    patches = {Linear: multiply, Joined: multiply_joined, Table: look_up, TiedHead: score}
+    with ExitStack() as stack:
+        for kind, forward in patches.items():
+            stack.enter_context(mock.patch.multiple(kind, forward=forward))
         logits = model.logits(rows[:, :-1], Schedule(model.config).scored_phase)
     shares = logits.detach().softmax(dim=-1)
     draws = torch.rand(len(rows), LENGTH, 1, generator=torch.Generator().manual_seed(model.config.seed))
