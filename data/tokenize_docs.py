@@ -4,13 +4,17 @@
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --tokenizer fineweb_1024_bpe.model --val-docs 50000
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --vocab-size 8192 --caseops --fuse-markers
 
+    python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/bytes --vocab-size 260
+
 Input is read as a stream, so memory holds the work in flight, one shard, and the tokenizer's training sample, however large the corpus is.
-The output depends on the input and the options alone, never on the number of workers. The folder appears complete or not at all.
+The output depends on the input and the options alone, never on the number of workers or on interruptions. The folder appears complete or not at
+all; what an interrupted run finished of it waits in DIR.partial, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import io
@@ -41,7 +45,7 @@ import sentencepiece
 import zstandard
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from shards import TOKEN_BYTES, write_shard
+from shards import MANIFEST_FILE, TOKEN_BYTES, check_shard, write_json, write_shard
 
 MAX_VOCAB_SIZE = 256**TOKEN_BYTES
 MAX_DEFAULT_VAL_DOCS = 50_000  # the challenge's own validation split
@@ -54,12 +58,19 @@ SENTENCE_BYTES = 4 * SENTENCE_CHARS
 DROPPED_BY_TRAINER = dict.fromkeys(map(ord, "\0\u2585"))
 PLAIN_REPORT_SECONDS = 10.0
 TOKENIZER_FILE = "tokenizer.model"
-MANIFEST_FILE = "manifest.json"
-OUR_FILES = re.compile(rf"fineweb_(train|val|val_bytes)_\d{{6}}\.bin|{re.escape(TOKENIZER_FILE)}|{re.escape(MANIFEST_FILE)}")
+JOURNAL_FILE = "journal.json"
+OUR_FILES = re.compile(
+    rf"(fineweb_(train|val|val_bytes)_\d{{6}}\.bin|{re.escape(TOKENIZER_FILE)}|{re.escape(MANIFEST_FILE)}|{re.escape(JOURNAL_FILE)})(\.partial)?"
+)
+BYTE_VOCAB_SIZES = (256, 260)  # the bytes alone, or with the four control tokens that come before them: both name the same vocabulary
 
 
 class InputError(ValueError):
     """What the user can put right: the message says what is wrong, where, and what to do."""
+
+
+class OtherRunError(InputError):
+    """The finished shards in DIR.partial are not the beginning of what was asked for."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,6 +292,35 @@ def explain_training_failure(message: str, vocab_size: int) -> str:
     return f"SentencePiece could not train a tokenizer: {message}"
 
 
+UNKNOWN_PIECE, CONTROL_PIECE, BYTE_PIECE, CHAR_MODEL = 2, 3, 6, 4  # of sentencepiece_model.proto
+
+
+def byte_tokenizer() -> bytes:
+    """Returns a SentencePiece model of the 256 bytes after pad, BOS, EOS and UNK: byte b is token 4 + b, as in the published byte260 export."""
+    # Built by hand from the fields of sentencepiece_model.proto, since the trainer makes no vocabulary without a character.
+    pieces = [("<pad>", CONTROL_PIECE), ("<s>", CONTROL_PIECE), ("</s>", CONTROL_PIECE), ("<unk>", UNKNOWN_PIECE)]
+    pieces += [(f"<0x{byte:02X}>", BYTE_PIECE) for byte in range(256)]
+    trainer = (_number(3, CHAR_MODEL), _number(4, len(pieces)), _number(35, 1), _number(40, 3), _number(41, 1), _number(42, 2), _number(43, 0))
+    normalizer = (_text(1, b"identity"), _number(3, 0), _number(4, 0), _number(5, 0))  # and no dummy prefix, no dropped spaces, no U+2581 for a space
+    entries = [_text(1, _text(1, piece.encode()) + _number(3, kind)) for piece, kind in pieces]
+    return b"".join([*entries, _text(2, b"".join(trainer)), _text(3, b"".join(normalizer))])
+
+
+def _varint(value: int) -> bytes:
+    """Returns `value`, below 2**14, as protobuf writes a number."""
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
+
+
+def _number(field: int, value: int) -> bytes:
+    """Returns a numeric protobuf field."""
+    return _varint(field << 3) + _varint(value)
+
+
+def _text(field: int, content: bytes) -> bytes:
+    """Returns a protobuf field of bytes."""
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
 def load_tokenizer(model: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Returns the tokenizer in `model`. Raises InputError naming `source` when it is unreadable, has no BOS, or its ids exceed uint16."""
     tokenizer = sentencepiece.SentencePieceProcessor()
@@ -393,37 +433,83 @@ def batch_documents(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def split_batches(corpus: Corpus, val_documents: int | None) -> Iterator[tuple[str, list[str]]]:
-    """Yields (split, batch) over `corpus` in order: the first `val_documents` documents are "val", the others "train"; None makes all "val"."""
-    documents = iter(corpus)
-    for split, part in (("val", itertools.islice(documents, val_documents)), ("train", documents)):
-        for batch in batch_documents(part):
-            yield split, batch
+class Position(NamedTuple):
+    """A place between two documents of the corpus."""
+
+    documents: int  # before it
+    sha256: str  # of their texts
 
 
-def encode_in_order(work: Iterable[tuple[str, list[str]]], model: bytes, workers: int) -> Iterator[tuple[str, Encoded]]:
-    """Yields each (split, batch) of `work` as (split, encoded), in its order, encoded by `workers` processes, or in this one if `workers` is 1.
+START = Position(0, hashlib.sha256().hexdigest())
+
+
+class Batch(NamedTuple):
+    """Documents that are encoded together."""
+
+    split: str
+    texts: list[str]
+    start: Position
+    end: Position
+
+
+class Fingerprint:
+    """The position in the corpus after the texts given so far."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._documents = 0
+
+    def add(self, text: str) -> None:
+        self._digest.update(text.encode("utf-8") + b"\xff")  # which no text holds, so that the borders between documents count
+        self._documents += 1
+
+    @property
+    def position(self) -> Position:
+        return Position(self._documents, self._digest.hexdigest())
+
+
+def split_batches(corpus: Corpus, val_documents: int | None, start: Position = START) -> Iterator[Batch]:
+    """Yields batches of `corpus` from `start` on: the first `val_documents` documents are "val", the others "train"; None makes all "val".
+
+    Raises OtherRunError when the documents before `start` are not those that its hash was taken of.
+    """
+    documents, fingerprint = iter(corpus), Fingerprint()
+    for text in itertools.islice(documents, start.documents):
+        fingerprint.add(text)
+    if fingerprint.position != start:
+        raise OtherRunError(f"the finished shards hold {start.documents:,} documents that are not those at the head of the input, which has changed")
+    left = None if val_documents is None else max(val_documents - start.documents, 0)
+    for split, part in (("val", itertools.islice(documents, left)), ("train", documents)):
+        for texts in batch_documents(part):
+            begin = fingerprint.position
+            for text in texts:
+                fingerprint.add(text)
+            yield Batch(split, texts, begin, fingerprint.position)
+
+
+def encode_in_order(work: Iterable[Batch], model: bytes, workers: int) -> Iterator[tuple[Batch, Encoded]]:
+    """Yields each batch of `work` with its encoding, in its order, encoded by `workers` processes, or in this one if `workers` is 1.
 
     At most BATCHES_PER_WORKER batches per worker are in flight, which bounds the memory (`multiprocessing`'s imap would read all of `work` ahead).
     Raises InputError when a worker dies.
     """
     if workers == 1:
         load_worker_tokenizer(model)
-        for split, batch in work:
-            yield split, encode_batch(batch, split == "val")
+        for batch in work:
+            yield batch, encode_batch(batch.texts, batch.split == "val")
         return
-    pending: deque[tuple[str, Future[Encoded]]] = deque()
+    pending: deque[tuple[Batch, Future[Encoded]]] = deque()
     # A fork would copy the progress display's thread in whatever state it is; a spawned worker starts clean.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (model,))
     try:
-        for split, batch in work:
-            pending.append((split, pool.submit(encode_batch, batch, split == "val")))
+        for batch in work:
+            pending.append((batch, pool.submit(encode_batch, batch.texts, batch.split == "val")))
             if len(pending) == BATCHES_PER_WORKER * workers:
-                split, future = pending.popleft()
-                yield split, future.result()
+                first, future = pending.popleft()
+                yield first, future.result()
         while pending:
-            split, future = pending.popleft()
-            yield split, future.result()
+            first, future = pending.popleft()
+            yield first, future.result()
     except BrokenProcessPool as error:
         raise InputError("a worker process died, most often for want of memory; run again with fewer --workers") from error
     finally:
@@ -433,18 +519,22 @@ def encode_in_order(work: Iterable[tuple[str, list[str]]], model: bytes, workers
 # ----------------------------------------------------------------------------------------------------------------------
 # Output
 # ----------------------------------------------------------------------------------------------------------------------
-# Everything is written into DIR.partial, which becomes DIR when it is complete.
+# Everything is written into DIR.partial, which becomes DIR when it is complete. After every shard the journal there says how far it is: a position
+# in the corpus before the first document that is not wholly in finished shards, and what was counted of each split up to it.
 
 
 class ShardWriter:
-    """Cuts one split's tokens, or another value for each of them, into shards of `shard_tokens`, the last one shorter; documents may cross the border."""
+    """Cuts one split's tokens, or another value for each of them, into shards of `shard_tokens`, the last one shorter; documents may cross the border.
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+    `finished` holds the manifest's entries of shards that are there already, after which it goes on.
+    """
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int, finished: Sequence[dict[str, Any]] = ()) -> None:
         self._folder = folder
         self._split = split
         self._buffer = np.empty(shard_tokens, dtype=np.uint16)
         self._filled = 0
-        self.shards: list[dict[str, Any]] = []  # the manifest's entries
+        self.shards = list(finished)
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends `tokens`, writing every shard that becomes full."""
@@ -463,6 +553,34 @@ class ShardWriter:
             write_shard(path, self._buffer[: self._filled])
             self.shards.append({"file": path.name, "tokens": self._filled, "sha256": file_sha256(path)})
             self._filled = 0
+
+
+class Journal:
+    """What is finished in `folder`, in its file journal.json, for a run with these `terms`: all that the shards depend on besides the texts."""
+
+    def __init__(self, folder: Path, terms: dict[str, Any]) -> None:
+        """Raises OtherRunError when `folder` holds finished shards of other terms, or damaged ones."""
+        self._path = folder / JOURNAL_FILE
+        self._terms = terms
+        self.position, self.splits = START, dict[str, Any]()
+        if not self._path.exists():
+            return
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            self.position, self.splits = Position(*content["position"]), content["splits"]
+            different = [f"{name} {content['terms'][name]} there, {value} here" for name, value in terms.items() if content["terms"][name] != value]
+            for split in self.splits.values():
+                for entry in (*split["shards"], *split.get("byte_shards", [])):
+                    if check_shard(folder / entry["file"]) != entry["tokens"] or file_sha256(folder / entry["file"]) != entry["sha256"]:
+                        raise ValueError(f"{entry['file']} is not what was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OtherRunError(f"{folder} holds a part of an earlier run, but it is damaged ({error}); delete it") from error
+        if different:
+            raise OtherRunError(f"{folder} was begun otherwise ({'; '.join(different)}); give that run's input and options again to finish it, or delete it")
+
+    def save(self, position: Position, splits: dict[str, Any]) -> None:
+        """Records that the shards in `splits` are finished and hold all documents before `position`."""
+        write_json(self._path, {"terms": self._terms, "position": position, "splits": splits})
 
 
 def file_sha256(path: Path) -> str:
@@ -491,27 +609,55 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 @contextmanager
 def complete_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """Gives an empty folder to write into, which takes the place of `folder` when the block ends and is removed when the block raises.
+    """Gives a folder to write into, empty or with the journal of an interrupted run, which takes the place of `folder` when the block ends.
 
+    When the block raises, what was written is removed, unless it holds finished shards: then the exception gets a note that says where they are.
     Raises InputError when `folder` may not be replaced, or another run writes to it.
     """
     check_replaceable(folder, force)
     partial, replaced = sibling(folder, ".partial"), sibling(folder, ".replaced")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (partial, replaced):
-        if leftover.exists():
-            raise InputError(f"{leftover} exists: another run is writing {folder}, or one was killed; make sure that none is running and delete it")
-    partial.mkdir()
-    try:
-        yield partial
-        check_replaceable(folder, force)  # it may have appeared or been filled meanwhile
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    if replaced.exists():
+        raise InputError(f"{replaced} exists: another run is replacing {folder}, or one was killed; make sure that none is running and delete it")
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        if not (partial / JOURNAL_FILE).exists():
+            empty(partial)
+        try:
+            yield partial
+            check_replaceable(folder, force)  # it may have appeared or been filled meanwhile
+            if folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
+        except BaseException as error:
+            if not (partial / JOURNAL_FILE).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+            elif not isinstance(error, OtherRunError):
+                error.add_note(f"the finished shards are kept in {partial}, and the same command goes on after them")
+            raise
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of `folder`, for as long as this process lives. Raises InputError when one is in there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another run is writing there; wait for it, or name another --output") from error
+    finally:
+        os.close(descriptor)
+
+
+def empty(folder: Path) -> None:
+    """Deletes what a killed run left in `folder`. Raises InputError, deleting nothing, when it holds something that this tool did not write."""
+    paths = sorted(folder.iterdir())
+    if foreign := [path for path in paths if not OUR_FILES.fullmatch(path.name)]:
+        raise InputError(f"{foreign[0]}: this tool needs the folder but did not write that file; move it away, or name another --output")
+    for path in paths:
+        path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -525,7 +671,7 @@ class Meter:
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
-        self._text_bytes = 0
+        self.text_bytes = 0
         self._started = self._reported = time.monotonic()
         console = Console(stderr=True)
         columns = (TextColumn("tokenising"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
@@ -548,8 +694,8 @@ class Meter:
 
     def advance(self, text_bytes: int) -> None:
         """Counts `text_bytes` more bytes of text as done."""
-        self._text_bytes += text_bytes
-        speed = f"{self._text_bytes / 1e6:,.1f} MB  {self._text_bytes / 1e6 / self.seconds:.2f} MB/s"
+        self.text_bytes += text_bytes
+        speed = f"{self.text_bytes / 1e6:,.1f} MB  {self.text_bytes / 1e6 / self.seconds:.2f} MB/s"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._corpus.read_bytes, speed=speed)
         elif time.monotonic() - self._reported >= PLAIN_REPORT_SECONDS:
@@ -601,7 +747,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to create")
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="MODEL", type=Path, help="SentencePiece model to use; without it one is trained")
-    tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of the tokenizer to train")
+    tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of the tokenizer to train; 256 or 260: the bytes")
     parser.add_argument("--caseops", action="store_true", help="turn capitals into markers first; also write byte shards for the validation split")
     parser.add_argument("--fuse-markers", action="store_true", help="with --caseops: one token for a space and the marker after it")
     parser.add_argument(
@@ -622,7 +768,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.vocab_size > MAX_VOCAB_SIZE:
         raise InputError(f"--vocab-size {options.vocab_size} does not fit the shards' uint16; use at most {MAX_VOCAB_SIZE}")
-    if options.val_docs == "all" and options.tokenizer is None:
+    if options.vocab_size in BYTE_VOCAB_SIZES and options.caseops:
+        raise InputError(f"--vocab-size {options.vocab_size} is a vocabulary of bytes, which have no case markers; leave out --caseops, or take a larger one")
+    if options.val_docs == "all" and options.tokenizer is None and options.vocab_size not in BYTE_VOCAB_SIZES:
         raise InputError("--val-docs all leaves no document to train a tokenizer on; give a --tokenizer")
     if options.fuse_markers and not options.caseops:
         raise InputError("--fuse-markers fuses the markers of CaseOps; add --caseops")
@@ -632,7 +780,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_tokenizer(options: argparse.Namespace, corpus: Corpus, val_documents: int | None) -> tuple[bytes, dict[str, Any]]:
     """Returns the tokenizer's model, read or trained on training documents, and its entry in the manifest. Raises InputError and OSError."""
     entry: dict[str, Any] = {"file": TOKENIZER_FILE}
-    if options.tokenizer is None:
+    if options.tokenizer is None and options.vocab_size in BYTE_VOCAB_SIZES:
+        model = byte_tokenizer()
+        note("the 256 bytes and 4 control tokens: train with VOCAB_SIZE=260")
+    elif options.tokenizer is None:
         note(f"training a tokenizer of {options.vocab_size} pieces")
         documents = itertools.islice(corpus, val_documents, None)
         sample = sample_documents(documents, options.train_sample_bytes, caseops.encode if options.caseops else str)
@@ -653,25 +804,44 @@ def make_tokenizer(options: argparse.Namespace, corpus: Corpus, val_documents: i
     return model, entry | {"caseops": options.caseops}
 
 
-def write_splits(folder: Path, encoded: Iterable[tuple[str, Encoded]], shard_tokens: int, meter: Meter) -> dict[str, Any]:
-    """Writes `encoded` into `folder` as shards and returns the manifest's "splits": totals and shards of each. Raises InputError and OSError."""
-    splits: dict[str, Any] = {}
-    for split, batches in itertools.groupby(encoded, key=operator.itemgetter(0)):
-        writer, byte_writer, totals = ShardWriter(folder, split, shard_tokens), ShardWriter(folder, f"{split}_bytes", shard_tokens), Totals()
-        for _, batch in batches:
-            writer.add(batch.tokens)
-            if batch.bytes is not None:
-                byte_writer.add(batch.bytes)
-            totals = totals.plus(batch.totals)
-            meter.advance(batch.totals.bytes)
+def write_splits(folder: Path, encoded: Iterable[tuple[Batch, Encoded]], shard_tokens: int, meter: Meter, journal: Journal) -> dict[str, Any]:
+    """Writes `encoded`, which follows what `journal` holds, into `folder` as shards.
+
+    Returns the manifest's "splits": totals and shards of each. Raises InputError and OSError.
+    """
+    splits = dict(journal.splits)
+    for split, batches in itertools.groupby(encoded, key=lambda item: item[0].split):
+        earlier = splits.get(split, {"shards": []})
+        if earlier["shards"] and earlier["shards"][-1]["tokens"] < shard_tokens:
+            raise OtherRunError(f"{folder}: its last {split} shard ends with the text, but the input now goes on; delete the folder")
+        writer = ShardWriter(folder, split, shard_tokens, earlier["shards"])
+        byte_writer = ShardWriter(folder, f"{split}_bytes", shard_tokens, earlier.get("byte_shards", ()))
+        totals = Totals(*(earlier.get(name, 0) for name in Totals._fields))
+        written = sum(entry["tokens"] for entry in writer.shards) - totals.tokens  # tokens of the next documents that are in a finished shard
+        for batch, part in batches:
+            before, num_shards = totals, len(writer.shards)
+            writer.add(part.tokens[written:])
+            if part.bytes is not None:
+                byte_writer.add(part.bytes[written:])
+            written = max(written - part.tokens.size, 0)
+            totals = totals.plus(part.totals)
+            if len(writer.shards) > num_shards:
+                journal.save(batch.start, splits | {split: split_entry(before, writer, byte_writer)})
+            meter.advance(part.totals.bytes)
         writer.flush()
         byte_writer.flush()
-        splits[split] = totals._asdict() | {"shards": writer.shards} | ({"byte_shards": byte_writer.shards} if byte_writer.shards else {})
+        splits[split] = split_entry(totals, writer, byte_writer)
+        journal.save(batch.end, splits)
     return splits
 
 
-def describe(folder: Path, splits: dict[str, Any], seconds: float) -> str:
-    """Returns the report of a finished run, for people."""
+def split_entry(totals: Totals, writer: ShardWriter, byte_writer: ShardWriter) -> dict[str, Any]:
+    """Returns a split's entry in the manifest or the journal."""
+    return totals._asdict() | {"shards": writer.shards} | ({"byte_shards": byte_writer.shards} if byte_writer.shards else {})
+
+
+def describe(folder: Path, splits: dict[str, Any], text_bytes: int, seconds: float) -> str:
+    """Returns the report of a finished run, for people; `text_bytes` were tokenised in `seconds`."""
     lines = [f"{'split':5}  {'documents':>11}  {'tokens':>15}  {'bytes':>15}  {'bytes/token':>11}  shards"]
     for split, entry in splits.items():
         counts = f"{entry['documents']:>11,}  {entry['tokens']:>15,}  {entry['bytes']:>15,}"
@@ -682,42 +852,49 @@ def describe(folder: Path, splits: dict[str, Any], seconds: float) -> str:
         lines.append(f"{total.lossy_documents:,} of {total.documents:,} documents do not round-trip: {lost}")
     else:
         lines.append(f"all {total.documents:,} documents round-trip")
-    lines.append(f"wrote {folder} in {seconds:.1f} s ({total.bytes / 1e6 / seconds:.2f} MB/s)")
+    lines.append(f"wrote {folder} in {seconds:.1f} s ({text_bytes / 1e6 / seconds:.2f} MB/s)")
     return "\n".join(lines)
 
 
 def run(arguments: Sequence[str] | None) -> None:
-    """Does what the command line asks and prints the report. Raises InputError and OSError, leaving nothing behind."""
+    """Does what the command line asks and prints the report. Raises InputError and OSError, leaving nothing behind but finished shards."""
     options = parse_arguments(arguments)
     output = Path(os.path.abspath(options.output))  # so that "." and ".." have a name and a parent
     with complete_folder(output, options.force) as folder:
         corpus = Corpus(options.input)
         val_documents = count_val_documents(corpus, options.val_docs)
         model, tokenizer_entry = make_tokenizer(options, corpus, val_documents)
+        terms = {"val_docs": val_documents, "shard_tokens": options.shard_tokens, "tokenizer": tokenizer_entry["sha256"]}
+        journal = Journal(folder, terms)
         (folder / TOKENIZER_FILE).write_bytes(model)
+        if journal.position.documents:
+            note(f"going on after {journal.position.documents:,} documents, which are in finished shards")
         with Meter(corpus) as meter:
-            encoded = encode_in_order(split_batches(corpus, val_documents), model, options.workers)
-            splits = write_splits(folder, encoded, options.shard_tokens, meter)
+            encoded = encode_in_order(split_batches(corpus, val_documents, journal.position), model, options.workers)
+            splits = write_splits(folder, encoded, options.shard_tokens, meter, journal)
             seconds = meter.seconds
-        manifest = {"inputs": [path.name for path in options.input], "tokenizer": tokenizer_entry, "splits": splits}
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    print(describe(options.output, splits, seconds))
+        write_json(folder / MANIFEST_FILE, {"inputs": [path.name for path in options.input], "tokenizer": tokenizer_entry, "splits": splits})
+    print(describe(options.output, splits, meter.text_bytes, seconds))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for what the user can put right (one line on standard error), 130 when interrupted."""
     try:
         run(arguments)
+        return 0
     except InputError as error:
-        note(f"error: {error}")
-        return 2
+        code, message, kept = 2, f"error: {error}", notes_of(error)
     except OSError as error:
-        note(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        note("interrupted; nothing was written")
-        return 130
-    return 0
+        code, message, kept = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}", notes_of(error)
+    except KeyboardInterrupt as error:
+        code, message, kept = 130, "interrupted", notes_of(error) or ["nothing was written"]
+    note("; ".join([message, *kept]))
+    return code
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Returns what `complete_folder` noted on the exception."""
+    return list(getattr(error, "__notes__", []))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import lzma
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
 import shards
 import tokenize_docs
+
+import train_gpt
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -142,6 +145,28 @@ def test_challenge_tokens_are_reproduced(tmp_path: Path) -> None:
     payload = (output / "fineweb_val_000000.bin").read_bytes()[shards.HEADER_BYTES :]
     assert tokenize_docs.hashlib.sha256(payload).hexdigest() == "3fad60f7e717550f18ba7aa3a9f1d0cb14ded3e3823714488ecb1e2a7f6630df"
     assert (output / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("vocab_size", [256, 260])
+def test_a_vocabulary_of_bytes_is_that_of_the_published_byte_export(vocab_size: int, tmp_path: Path) -> None:
+    texts = [*AWKWARD, "a\u2581b"]
+    manifest = tokenize(tmp_path / "out", [jsonl(tmp_path / "a.jsonl", texts)], "--vocab-size", vocab_size, "--val-docs", "all")
+    expected = [token for text in texts for token in (BOS, *(4 + byte for byte in text.encode()))]
+    assert read_tokens(tmp_path / "out", "val").tolist() == expected
+    assert manifest["splits"]["val"]["lossy_documents"] == 0
+    config = train_gpt.Config(data_path=str(tmp_path / "out"), tokenizer_path=str(tmp_path / "out" / "tokenizer.model"), vocab_size=260, train_seq_len=32)
+    assert train_gpt.load_val(config).target_bytes.sum() == sum(len(text.encode()) for text in texts)
+
+
+@settings(max_examples=100)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_is_its_bytes(text: str) -> None:
+    tokenizer = tokenize_docs.load_tokenizer(tokenize_docs.byte_tokenizer(), "")
+    assert tokenizer.encode(text) == [4 + byte for byte in text.encode()]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # ---- losslessness
@@ -308,12 +333,16 @@ def test_batches_are_bounded_in_characters_and_in_documents(monkeypatch: pytest.
     assert list(tokenize_docs.batch_documents(["abcdef", "a", "b", "", "", "", "", "c"])) == [["abcdef"], ["a", "b"], ["", "", "", ""], ["c"]]
 
 
+def batch_of(text: str) -> tokenize_docs.Batch:
+    return tokenize_docs.Batch("train", [text], tokenize_docs.START, tokenize_docs.START)
+
+
 def test_reading_stays_a_bounded_way_ahead(tokenizer: Path) -> None:
     taken = itertools.count()
 
-    def work() -> Iterator[tuple[str, list[str]]]:
+    def work() -> Iterator[tokenize_docs.Batch]:
         for _ in range(100):
-            yield "train", [f"document {next(taken)}"]
+            yield batch_of(f"document {next(taken)}")
 
     encoded = tokenize_docs.encode_in_order(work(), tokenizer.read_bytes(), workers=2)
     next(encoded)
@@ -323,13 +352,13 @@ def test_reading_stays_a_bounded_way_ahead(tokenizer: Path) -> None:
 
 def test_a_dead_worker_is_an_error_not_a_hang() -> None:
     with pytest.raises(tokenize_docs.InputError, match="fewer --workers"):
-        list(tokenize_docs.encode_in_order([("train", ["text"])], b"a model that no worker can load", workers=2))
+        list(tokenize_docs.encode_in_order([batch_of("text")], b"a model that no worker can load", workers=2))
 
 
 def test_workers_end_when_the_tool_is_killed(tokenizer: Path) -> None:
     program = f"""
 import itertools, pathlib, sys, tokenize_docs
-work = zip(itertools.repeat("train"), itertools.repeat(["text"]))
+work = itertools.repeat(tokenize_docs.Batch("train", ["text"], tokenize_docs.START, tokenize_docs.START))
 for _ in tokenize_docs.encode_in_order(work, pathlib.Path({str(tokenizer)!r}).read_bytes(), workers=2):
     print("encoded", flush=True)
 """
@@ -338,6 +367,25 @@ for _ in tokenize_docs.encode_in_order(work, pathlib.Path({str(tokenizer)!r}).re
     assert process.stdout.readline() == b"encoded\n"
     process.kill()
     process.communicate(timeout=30)  # the workers hold the pipe open, so this returns when the last of them has ended
+
+
+def peak_memory(source: Path, output: Path) -> int:
+    """The kilobytes of memory that the tool needed at most, with one worker, in a process of its own."""
+    program = "import sys, tokenize_docs; assert tokenize_docs.main(sys.argv[1:]) == 0; print(open('/proc/self/status').read())"
+    options = ["--input", str(source), "--output", str(output), "--vocab-size", "260", "--shard-tokens", "500000", "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", program, *options], cwd=ROOT / "data", capture_output=True, text=True, check=True)
+    found = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    peaks = []
+    for megabytes in (2, 12):
+        source = jsonl(tmp_path / f"{megabytes}.jsonl", ["a line of some text\n" * 500] * (100 * megabytes))
+        peaks.append(peak_memory(source, tmp_path / f"out{megabytes}"))
+    assert peaks[1] - peaks[0] < 4000, f"10 MB more of text must not be held: {peaks}"
 
 
 def test_progress_without_a_terminal_is_plain_lines(
@@ -357,7 +405,7 @@ def refuse(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object)
     """Runs the tool, which must refuse and leave `folder` as it was, and returns its message."""
     before = sorted(folder.rglob("*"))
     code = tokenize_docs.main(["--workers", "1", *map(str, arguments)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training a tokenizer")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("training a tokenizer", "going on after"))]
     assert (code, len(lines)) == (2, 1), lines
     assert sorted(folder.rglob("*")) == before
     return lines[0].removeprefix("error: ")
@@ -383,13 +431,24 @@ def test_bad_documents_are_refused(content: bytes, message: str, tmp_path: Path,
     assert said.startswith(message.format(path=path))
 
 
-def test_bad_line_after_shards_were_written_is_refused(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_line_loses_no_finished_shard(
+    workers: int, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenize_docs, "BATCH_CHARS", 1)
-    path = tmp_path / "a.jsonl"
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
     path.write_text('{"text": "good"}\n' * 30 + "bad\n")
-    options = ("--tokenizer", tokenizer, "--val-docs", 1, "--shard-tokens", 5)
-    assert f"{path}:31: not valid JSON" in refuse(capsys, tmp_path, "--input", path, "--output", tmp_path / "out", *options)
-    assert f"{path}:31: not valid JSON" in refuse(capsys, tmp_path, "--input", path, "--output", tmp_path / "out", *options, "--workers", 2)
+    options = ["--tokenizer", str(tokenizer), "--val-docs", "1", "--shard-tokens", "5"]
+    arguments = ["--input", str(path), "--output", str(output), *options, "--workers", str(workers)]
+    assert tokenize_docs.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"error: {path}:31: not valid JSON" in said and f"; the finished shards are kept in {output}.partial, and the same command goes on" in said
+    assert not output.exists()
+    jsonl(path, ["good"] * 30 + ["mended"])
+    assert tokenize_docs.main(arguments) == 0
+    assert re.search(r"going on after \d+ documents, which are in finished shards", capsys.readouterr().err)
+    tokenize(tmp_path / "fresh", [path], *options)
+    assert contents(output) == contents(tmp_path / "fresh") and not (tmp_path / "out.partial").exists()
 
 
 def test_plain_text_must_be_utf8_and_empty_input_is_refused(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +471,7 @@ def test_plain_text_must_be_utf8_and_empty_input_is_refused(tmp_path: Path, toke
         (["--val-docs", "0"], '--val-docs=0: expected a number of documents from 1, or "all"'),
         (["--val-docs", "-1"], '--val-docs=-1: expected a number of documents from 1, or "all"'),
         (["--val-docs", "3"], "--val-docs 3 leaves no document to train on: the input holds 3"),
+        (["--vocab-size", "256", "--caseops"], "--vocab-size 256 is a vocabulary of bytes, which have no case markers"),
         (["--val-docs", "all"], "--val-docs all leaves no document to train a tokenizer on"),
         (["--tokenizer", "missing.model"], "missing.model: No such file or directory"),
         (["--tokenizer", "a", "--vocab-size", "300"], "argument --vocab-size: not allowed with argument --tokenizer"),
@@ -474,11 +534,160 @@ def test_force_deletes_nothing_that_the_tool_did_not_write(tmp_path: Path, token
     assert "is not a folder" in refuse(capsys, tmp_path, *arguments, "--output", source)
 
 
-def test_leftover_of_a_killed_run_is_named(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out.partial").mkdir()
-    source = jsonl(tmp_path / "a.jsonl", ["one", "two"])
+def test_what_a_killed_run_left_without_a_finished_shard_is_replaced(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial, source = tmp_path / "out.partial", jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    partial.mkdir()
+    for name in ("tokenizer.model", "fineweb_val_000000.bin.partial", "fineweb_train_000007.bin"):
+        (partial / name).write_text("half")
+    (partial / "thesis.tex").write_text("precious")
     said = refuse(capsys, tmp_path, "--input", source, "--output", tmp_path / "out", "--tokenizer", tokenizer)
-    assert said.startswith(f"{tmp_path / 'out.partial'} exists: another run is writing")
+    assert said.startswith(f"{partial / 'thesis.tex'}: this tool needs the folder but did not write that file")
+    (partial / "thesis.tex").unlink()
+    tokenize(tmp_path / "out", [source], "--tokenizer", tokenizer)
+    assert sorted(contents(tmp_path / "out")) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json", "tokenizer.model"]
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    arguments = ("--input", source, "--output", tmp_path / "out", "--tokenizer", tokenizer)
+    (tmp_path / "out.partial").mkdir()
+    with tokenize_docs.locked(tmp_path / "out.partial"):
+        assert "out.partial: another run is writing there" in refuse(capsys, tmp_path, *arguments)
+    (tmp_path / "out.partial").rmdir()
+    (tmp_path / "out.replaced").mkdir()
+    assert "out.replaced exists: another run is replacing" in refuse(capsys, tmp_path, *arguments)
+
+
+# ---- interrupted runs
+
+RESUMED = ["".join(f"Document {number} of MANY. " for _ in range(number % 7)) for number in range(60)]
+
+
+class Interrupted:
+    """Stands in for `write_shard` and interrupts the run instead of writing for the `times`th time."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def __call__(self, path: Path, tokens: np.ndarray) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        shards.write_shard(path, tokens)
+
+
+@pytest.mark.parametrize(("batch_chars", "workers"), [(1, 1), (100, 1), (1000, 1), (1 << 18, 1), (1000, 2)])
+@pytest.mark.parametrize("cased", [False, True])
+def test_interrupted_runs_end_as_if_they_had_not_been(
+    cased: bool, batch_chars: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenize_docs, "BATCH_CHARS", batch_chars)
+    source, output = jsonl(tmp_path / "a.jsonl", RESUMED), tmp_path / "out"
+    options = ["--vocab-size", "300", "--val-docs", "20", "--shard-tokens", "100", *(["--caseops"] if cased else [])]
+    tokenize(tmp_path / "fresh", [source], *options)
+    arguments = ["--input", str(source), "--output", str(output), *options, "--workers", str(workers)]
+    capsys.readouterr()
+    ends = []
+    for writes in itertools.count(1):  # a run gets a little further than the one before: a batch of many shards is finished as a whole
+        monkeypatch.setattr(tokenize_docs, "write_shard", Interrupted(writes))
+        if tokenize_docs.main(arguments) == 0:
+            break
+        ends.append(capsys.readouterr().err.splitlines()[-1])
+    kept = f"interrupted; the finished shards are kept in {output}.partial, and the same command goes on after them"
+    assert set(ends) == {"interrupted; nothing was written", kept} and ends[-1] == kept
+    assert contents(output) == contents(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "fresh", "out"]
+
+
+def test_an_interrupt_before_the_first_shard_leaves_nothing(tmp_path: Path, tokenizer: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    monkeypatch.setattr(tokenize_docs, "write_shard", Interrupted(1))
+    assert tokenize_docs.main(["--input", str(source), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer), "--workers", "1"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_killed_run_is_continued(tmp_path: Path, tokenizer: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", RESUMED * 200)
+    options = ["--tokenizer", str(tokenizer), "--val-docs", "20", "--shard-tokens", "2000"]
+    arguments = ["--input", str(source), "--output", str(tmp_path / "out"), *options, "--workers", "2"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "data" / "tokenize_docs.py"), *arguments], stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "out.partial").glob("*_train_*"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "journal.json").exists()
+    assert tokenize_docs.main(arguments) == 0
+    tokenize(tmp_path / "fresh", [source], *options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.fixture
+def half_done(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a run that was interrupted in its training split."""
+    source = jsonl(tmp_path / "a.jsonl", RESUMED)
+    options = ["--tokenizer", str(tokenizer), "--val-docs", "8", "--shard-tokens", "100", "--workers", "1"]
+    arguments = ["--input", str(source), "--output", str(tmp_path / "out"), *options]
+    monkeypatch.setattr(tokenize_docs, "BATCH_CHARS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_docs, "write_shard", Interrupted(12))
+        assert tokenize_docs.main(arguments) == 130
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: ["--shard-tokens", "99"], "was begun otherwise (shard_tokens 100 there, 99 here); give that run's input and options again"),
+        (lambda folder: ["--val-docs", "19"], "was begun otherwise (val_docs 8 there, 19 here)"),
+        (lambda folder: jsonl(folder / "a.jsonl", ["other", *RESUMED[1:]]), "documents that are not those at the head of the input, which has changed"),
+        (lambda folder: jsonl(folder / "a.jsonl", [RESUMED[0], RESUMED[1][:-1], RESUMED[1][-1] + RESUMED[2], *RESUMED[3:]]), "which has changed"),
+        (lambda folder: flip_last_bit(folder / "out.partial" / "fineweb_train_000000.bin"), "fineweb_train_000000.bin is not what was written); delete it"),
+        (lambda folder: (folder / "out.partial" / "fineweb_train_000000.bin").unlink(), "but it is damaged ("),
+        (lambda folder: (folder / "out.partial" / "journal.json").write_text("{}"), "but it is damaged ('position'); delete it"),
+    ],
+)
+def test_another_run_does_not_go_on_with_these_shards(
+    change: Callable[[Path], object], message: str, half_done: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = change(tmp_path)
+    capsys.readouterr()
+    said = refuse(capsys, tmp_path, *half_done, *(changed if isinstance(changed, list) else []))
+    assert message in said and "kept" not in said
+
+
+def flip_last_bit(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_another_tokenizer_does_not_go_on_with_these_shards(
+    half_done: list[str], tmp_path: Path, sample_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.model").write_bytes(tokenize_docs.train_tokenizer(tokenize_docs.cut_sentences(sample_texts[5]), 400))
+    capsys.readouterr()
+    assert "was begun otherwise (tokenizer " in refuse(capsys, tmp_path, *half_done, "--tokenizer", tmp_path / "other.model")
+
+
+def test_text_added_after_the_end_does_not_follow_a_short_shard(
+    half_done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_docs, "write_json", fail_for_manifest)
+        assert tokenize_docs.main(half_done) == 2
+    jsonl(tmp_path / "a.jsonl", [*RESUMED, "more"])
+    capsys.readouterr()
+    assert "its last train shard ends with the text, but the input now goes on" in refuse(capsys, tmp_path, *half_done)
+    jsonl(tmp_path / "a.jsonl", RESUMED)
+    assert tokenize_docs.main(half_done) == 0, "all shards were finished, only the last step was missing"
+    assert "(0.00 MB/s)" in capsys.readouterr().out, "nothing was tokenised again"
+
+
+def fail_for_manifest(path: Path, content: dict[str, Any]) -> None:
+    if path.name == "manifest.json":
+        raise OSError(28, "No space left on device")
+    shards.write_json(path, content)
 
 
 @pytest.mark.parametrize(
