@@ -87,6 +87,13 @@ def test_ema_weighs_each_step_by_a_power_of_its_age_and_the_start_not_at_all(dec
     assert_close(applied_weights(model, averages), ema(after, decay), 1e-11 if decay > 0.999 else 1e-13)
 
 
+@pytest.mark.parametrize("every", [2, 5])
+def test_ema_of_every_so_many_steps_forgets_as_fast_as_that_of_all(every: int) -> None:
+    model, averages = averaged(ema_decay=0.9, ema_every=every)
+    after = walk(model, averages)
+    assert_close(applied_weights(model, averages), ema(after[every - 1 :: every], 0.9**every))
+
+
 @pytest.mark.parametrize(
     "settings", [{"ema_decay": 0.9}, {"lawa_k": 3, "lawa_every": 2}, {"swa_every": 2, "swa_start_lr_scale": 1.0}], ids=["ema", "lawa", "swa"]
 )

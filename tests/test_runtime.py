@@ -34,7 +34,7 @@ def test_on_one_process_every_collective_is_the_identity(alone: World) -> None:
     before = tensor.clone()
     assert (alone.rank, alone.size, alone.is_main, alone.device, alone.control) == (0, 1, True, torch.device("cpu"), None)
     assert alone.sum_(tensor) is tensor
-    assert alone.scatter_sum(tensor) is tensor
+    assert alone.start_scatter_sum(tensor).wait() is tensor
     assert alone.gather(tensor) is tensor
     assert torch.equal(tensor, before)
     assert alone.sum_float64([0.1, 3]) == [0.1, 3.0]
@@ -72,7 +72,7 @@ def call_every_collective() -> None:
     got["sum_float64"] = world.sum_float64([[1.0, 0.1], [2.0**-50, 0.2]][rank])
 
     stacked = torch.arange(8.0).reshape(4, 2) + 100 * rank
-    share = world.scatter_sum(stacked)
+    share = world.start_scatter_sum(stacked).wait()
     got["scatter_sum"] = share.tolist()
     got["scatter_keeps_input"] = stacked.tolist() == (torch.arange(8.0).reshape(4, 2) + 100 * rank).tolist()
     got["gather"] = world.gather(share).tolist()
