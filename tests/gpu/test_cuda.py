@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,23 +32,68 @@ def model_on(device: str, dtype: str) -> train_gpt.GPT:
     return model.to(device)
 
 
+def phase_of(model: train_gpt.GPT, batch: torch.Tensor) -> train_gpt.Phase:
+    bound = train_gpt.DocumentBounds(model.config).of(batch[:, :-1])
+    return replace(train_gpt.Schedule(model.config).scored_phase, documents=bound)
+
+
+def works_here(name: str, device: torch.device) -> bool:
+    """Whether a backend's library is installed."""
+    try:
+        return train_gpt.ATTENTION[name]() is not None
+    except Exception:
+        return False
+
+
+@pytest.mark.parametrize("heads", [(8, 4), (8, 8), (6, 1)])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", train_gpt.ATTENTION_ORDER)
+def test_backend_passes_its_test(name: str, compiled: bool, heads: tuple[int, int]) -> None:
+    device = torch.device("cuda")
+    if not works_here(name, device):
+        pytest.skip(f"{name} is not installed")
+    config = train_gpt.parse_config(["PRESET=frontier", f"NUM_HEADS={heads[0]}", f"NUM_KV_HEADS={heads[1]}", f"MODEL_DIM={64 * heads[0]}"], {})
+    train_gpt.check_attention(train_gpt.ATTENTION[name](), replace(config, compile=compiled), device)
+
+
+@pytest.mark.parametrize("name", train_gpt.KERNEL_NAMES)
+def test_kernel_passes_its_test(name: str) -> None:
+    train_gpt.check_kernel(name, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("shape", [(4096, 8192), (300, 1024), (7, 50257)])
+def test_cross_entropy_kernel_at_the_sizes_of_training(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = (10 * torch.randn(shape, generator=generator)).bfloat16(), torch.randint(shape[1], shape[:1], generator=generator)
+    losses, slopes = train_gpt.fused_cross_entropy(logits.cuda(), targets.cuda(), 30.0, 30.0)
+    expected, expected_slopes = train_gpt.cross_entropy(logits.double(), targets, 30.0, 30.0)
+    torch.testing.assert_close(losses.double().cpu(), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(slopes.double().cpu(), expected_slopes, rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 3e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_losses_equal_those_of_the_cpu(dtype: str, tolerance: float, compiled: bool) -> None:
+@pytest.mark.parametrize("name", ["varlen", "flex", "sdpa"])
+def test_losses_equal_those_of_the_cpu(dtype: str, tolerance: float, compiled: bool, name: str) -> None:
+    if dtype == "float32" and name == "varlen":
+        pytest.skip("FlashAttention computes in 16 bits")
     batch = rows()
     reference, model = model_on("cpu", "float32"), model_on("cuda", dtype)
-    phase = train_gpt.Schedule(reference.config).plain
+    model.kernels = train_gpt.Kernels(train_gpt.ATTENTION[name](), ("cross_entropy",) if dtype == "bfloat16" else ())
+    phase = phase_of(model, batch)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     expected = reference(batch[:, :-1], batch[:, 1:], phase)
     found = forward(batch[:, :-1].cuda(), batch[:, 1:].cuda(), phase).cpu()
     assert (found - expected).abs().max() < tolerance * expected.mean()
 
 
-def test_orthogonalise_in_bfloat16_stays_near_the_float32_result() -> None:
-    matrices = torch.randn(3, 96, 192, generator=torch.Generator().manual_seed(0))
-    expected = train_gpt.orthogonalise(matrices, 5, "polar_express")
-    found = train_gpt.orthogonalise(matrices.cuda(), 5, "polar_express").float().cpu()
-    assert (found - expected).norm() / expected.norm() < 0.05
+@pytest.mark.parametrize("product", ["symmetric", "fused_symmetric"])
+def test_orthogonalise_in_bfloat16_stays_near_the_float32_result(product: str) -> None:
+    for shape in ((3, 96, 192), (3, 512, 512)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        expected = train_gpt.orthogonalise(matrices, 5, "polar_express")
+        found = train_gpt.orthogonalise(matrices.cuda(), 5, "polar_express", getattr(train_gpt, product)).float().cpu()
+        assert (found - expected).norm() / expected.norm() < 0.05
 
 
 def test_one_training_step_equals_the_cpus() -> None:
@@ -56,10 +103,21 @@ def test_one_training_step_equals_the_cpus() -> None:
         world = train_gpt.World(device)
         optimizer = train_gpt.Optimizer(model, model.config, world)
         batch = rows().to(device)
-        knobs = train_gpt.Knobs(train_gpt.Schedule(model.config).plain, 1.0, 0.9)
+        knobs = train_gpt.Knobs(train_gpt.Schedule(model.config).scored_phase, 1.0, 0.9, 1.0)
         loss = model(batch[:, :-1], batch[:, 1:], knobs.phase).mean()
         loss.backward()
         stats = optimizer.step(loss, knobs)
-        assert bool(train_gpt.HostCopy(stats).read()[0] > 0)
+        assert train_gpt.HostCopy(stats).read()[0] > 0
         weights[device] = torch.cat([parameter.detach().cpu().flatten() for parameter in model.parameters()])
     assert (weights["cuda"] - weights["cpu"]).norm() / weights["cpu"].norm() < 0.01
+
+
+@pytest.mark.parametrize("fp8", ["head", "mlp", "head,mlp"])
+def test_float8_products_keep_the_mean_loss(fp8: str) -> None:
+    batch, plain = rows(), model_on("cuda", "bfloat16")
+    changed = train_gpt.GPT(replace(plain.config, fp8=fp8), torch.bfloat16).cuda()
+    train_gpt.load_weights(changed, dict(plain.named_parameters()))
+    phase = phase_of(plain, batch)
+    losses = [model(batch[:, :-1].cuda(), batch[:, 1:].cuda(), phase).float() for model in (plain, changed)]
+    assert float((losses[0] - losses[1]).abs().max()) > 0
+    assert abs(float((losses[0] - losses[1]).mean())) < 0.02
