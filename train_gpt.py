@@ -14,7 +14,6 @@ Shape letters: B batch rows, T positions in a row, D model width, H query heads,
 from __future__ import annotations
 
 import ast
-import base64
 import difflib
 import hashlib
 import importlib
@@ -4333,16 +4332,20 @@ def pack_script(source: str) -> bytes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    coded = base64.b85encode(lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_RAW, filters=filters)).decode()
-    return (
-        "import atexit,base64,lzma,os,runpy,shutil,tempfile\n"
-        f"s=lzma.decompress(base64.b85decode({coded!r}),lzma.FORMAT_RAW,filters=[{{'id':{lzma.FILTER_LZMA2},'preset':9}}])\n"
+    # A string literal of Latin-1 holds any byte but these five: 3% longer than the bytes, where base 85 is 25%.
+    escapes = {0: b"\\x00", 10: b"\\n", 13: b"\\r", 39: b"\\'", 92: b"\\\\"}
+    compressed = lzma.compress(ast.unparse(tree).encode(), lzma.FORMAT_RAW, filters=filters)
+    literal = b"".join(escapes.get(byte, bytes([byte])) for byte in compressed)
+    head = "# coding: latin-1\nimport atexit,lzma,os,runpy,shutil,tempfile\ns=lzma.decompress('"
+    tail = (
+        f"'.encode('latin-1'),lzma.FORMAT_RAW,filters=[{{'id':{lzma.FILTER_LZMA2},'preset':9}}])\n"
         "d=tempfile.mkdtemp()\n"
         "atexit.register(shutil.rmtree,d,True)\n"
         "p=os.path.join(d,'train_gpt.py')\n"
         "with open(p,'wb') as f:f.write(s)\n"
         "runpy.run_path(p,{'PACKED_BYTES':os.path.getsize(__file__)},'__main__')\n"
-    ).encode()
+    )
+    return head.encode() + literal + tail.encode()
 
 
 def code_bytes(source: str) -> int:
