@@ -295,6 +295,34 @@ def test_joined_and_folded_products_equal_separate_ones_in_losses_and_gradients(
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_a_compiled_graph_casts_each_weight_once_however_often_its_layer_runs() -> None:
+    """Why there is no copy of the weights in bfloat16 beside the masters."""
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    config, graphs = small_config(num_loops=2, loop_start=1, loop_end=1), list[torch.fx.GraphModule]()
+    model = GPT(config, torch.bfloat16)
+    model.init_weights()
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return aot_module_simplified(graph, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+    torch._dynamo.reset()
+    tokens, phase = random_tokens(2, config.train_seq_len + 1), train_gpt.Schedule(config).scored_phase
+    torch.compile(model, fullgraph=True, backend=backend)(tokens[:, :-1], tokens[:, 1:], phase).sum().backward()
+    forward, _ = graphs
+    casts: dict[str, int] = {}
+    for node in forward.graph.nodes:
+        if node.op == "call_function" and "_to_copy" in str(node.target) and node.args[0].op == "placeholder":
+            casts[node.args[0].name] = casts.get(node.args[0].name, 0) + 1
+    assert phase.order.count(1) == 3 and len(casts) > 2 * config.num_layers
+    assert set(casts.values()) == {1}
+
+
 # The loss of the head
 
 

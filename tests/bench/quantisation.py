@@ -464,7 +464,7 @@ def by_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 def write_page() -> None:
     """Writes records/quantisation_cpu/README.md and its plot from the finished rows."""
     groups = by_row(read_results())
-    table = {name: rows for name, rows in groups.items() if not name.startswith(("curve", "loops")) and "kl" in rows[0]}
+    table = {name: rows for name, rows in groups.items() if not name.startswith(("curve", "loops", "qat")) and "kl" in rows[0]}
     checkpoints = sorted({row["checkpoint"] for rows in table.values() for row in rows})
     lines = [
         "# Quantisers and coders at equal bytes, on a CPU", "",
@@ -506,6 +506,16 @@ def write_page() -> None:
             lines.append(f"| {rate} | {len(ours)} | {spread([r['kl'] for r in plain], 3)} | {spread([r['kl'] for r in ours], 3)} | {means[0] / means[1]:.1f} |")
         lines += ["", "![KL against bits per weight](curve.png)"]
         plot_curve(curve)
+    qat = {name.removeprefix("qat "): rows for name, rows in groups.items() if name.startswith("qat")}
+    if qat:
+        late = ", ".join(sorted({row["checkpoint"] for rows in qat.values() for row in rows}))
+        lines += ["", f"What late QAT does ({late}: the last 20% of 800 steps with it or without; `range` coder). Loss in nats per token above that of the"]
+        lines += ["model trained without QAT, before quantisation; the scale of the steps is that which fills the bytes when QAT starts.", ""]
+        lines += ["| bits/weight | n | gptq | gptq, late QAT | rate | rate, late QAT |", "|---:|---:|---:|---:|---:|---:|"]
+        for bits in sorted({float(name.split()[1]) for name in qat}):
+            pair = [qat.get(f"{scheme} {bits}", []) for scheme in ("gptq", "rate")]
+            cells = [spread([row[key] for row in rows], 3) if rows else "" for rows in pair for key in ("loss_change_without", "loss_change")]
+            lines.append(f"| {bits} | {max(map(len, pair))} | {' | '.join(cells)} |")
     loops = {name.removeprefix("loops "): rows for name, rows in groups.items() if name.startswith("loops")}
     if loops:
         looped = ", ".join(sorted({row["checkpoint"] for rows in loops.values() for row in rows}))
