@@ -1068,11 +1068,20 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 CASE_MARKERS = "\ue001\ue002\ue003\ue004"
 
 
+# Published exports that lie in a repository of their own.
+REPOSITORIES = {
+    "sp8192": "kevclark/parameter-golf",
+    "sp8192_lossless_caps_caseops_v1_reserved": "romeerp/parameter-golf-caseops-v1",
+}
+
+
 def how_to_get(config: Config) -> str:
     """Returns the command that makes the missing data of this configuration."""
     folder = Path(config.data_path).name
     if folder.startswith("fineweb10B_"):
-        return f"fetch it with: python data/download.py --variant {folder.removeprefix('fineweb10B_')}"
+        variant = folder.removeprefix("fineweb10B_")
+        source = f" --repo-id {REPOSITORIES[variant]}" if variant in REPOSITORIES else ""
+        return f"fetch it with: python data/download.py{source} --variant {variant}"
     source = "data/sample/shakespeare.jsonl.xz" if folder.startswith("shakespeare") else "YOUR_TEXT.jsonl"
     return f"build it with: python data/tokenize_docs.py --input {source} --output {config.data_path} --vocab-size {config.vocab_size}"
 

@@ -88,14 +88,18 @@ def test_only_a_shard_that_is_too_short_is_called_truncated(damage: str, tmp_pat
 # ---- what is missing or does not fit
 
 
-def test_missing_challenge_data_names_a_download_that_the_tool_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", ["default", "baseline", "frontier"])
+def test_missing_challenge_data_names_a_download_that_the_tool_understands(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 8192-piece export lies in another repository than the 1024-piece one."""
     monkeypatch.chdir(tmp_path)
+    config = train_gpt.parse_config([f"PRESET={preset}"], {})
+    variant = Path(config.data_path).name.removeprefix("fineweb10B_")
     for read in (TrainLoader, load_val):
-        with pytest.raises(FileNotFoundError, match=r"fineweb10B_sp1024|fineweb_1024_bpe") as error:
-            read(Config())
-        command = str(error.value).partition("python data/download.py ")[2]
-        assert command == "--variant sp1024"
-        assert download.parse_arguments(command.split()).variant == "sp1024"
+        with pytest.raises(FileNotFoundError, match=r"fineweb10B_sp|fineweb_\d+_bpe") as error:
+            read(config)
+        chosen = download.parse_arguments(str(error.value).partition("python data/download.py ")[2].split())
+        assert chosen.variant == variant
+        assert chosen.repo_id == {"sp1024": "willdepueoai/parameter-golf", "sp8192": "kevclark/parameter-golf"}[variant]
 
 
 @pytest.mark.parametrize(

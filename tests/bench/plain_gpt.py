@@ -56,22 +56,18 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def opponent(config: Any, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None]]:
-    """Returns (loss of rows (B, T + 1), one training step on them), for the shapes of `config`."""
+def opponent(config: Any, device: torch.device) -> Callable[[Tensor], None]:
+    """Returns a training step on rows (B, T + 1), for the shapes of `config`."""
     model = PlainGPT(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if config.compile else model
 
-    def loss(rows: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            value: Tensor = forward(rows[:, :-1], rows[:, 1:])
-        return value
-
     def step(rows: Tensor) -> None:
-        size = max(config.micro_batch_tokens // config.train_seq_len, 1)
-        for part in rows.split(size):
-            (loss(part) * len(part) / len(rows)).backward()
+        for part in rows.split(max(config.micro_batch_tokens // config.train_seq_len, 1)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss: Tensor = forward(part[:, :-1], part[:, 1:])
+            (loss * len(part) / len(rows)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return loss, step
+    return step

@@ -512,10 +512,10 @@ def write_page() -> None:
         lines += ["", f"What late QAT does ({late}: the last 20% of 800 steps with it or without; `range` coder). Loss in nats per token above that of the"]
         lines += ["model trained without QAT, before quantisation; the scale of the steps is that which fills the bytes when QAT starts.", ""]
         lines += ["| bits/weight | n | gptq | gptq, late QAT | rate | rate, late QAT |", "|---:|---:|---:|---:|---:|---:|"]
-        for bits in sorted({float(name.split()[1]) for name in qat}):
-            pair = [qat.get(f"{scheme} {bits}", []) for scheme in ("gptq", "rate")]
+        for rate in sorted({float(name.split()[1]) for name in qat}):
+            pair = [qat.get(f"{scheme} {rate}", []) for scheme in ("gptq", "rate")]
             cells = [spread([row[key] for row in rows], 3) if rows else "" for rows in pair for key in ("loss_change_without", "loss_change")]
-            lines.append(f"| {bits} | {max(map(len, pair))} | {' | '.join(cells)} |")
+            lines.append(f"| {rate} | {max(map(len, pair))} | {' | '.join(cells)} |")
     loops = {name.removeprefix("loops "): rows for name, rows in groups.items() if name.startswith("loops")}
     if loops:
         looped = ", ".join(sorted({row["checkpoint"] for rows in loops.values() for row in rows}))

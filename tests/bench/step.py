@@ -7,13 +7,14 @@
     python tests/bench/step.py PRESET=frontier --share 8 --try KERNELS=none --try MLP_POST_ONLY=1 --try FP8=head    other settings, alternating
 
 Rows are random tokens cut into documents of 900 tokens on average, so no data is needed. A script for --against defines opponent(config, device) as
-plain_gpt.py does. FLOPs are those of matrix products and attention in one forward and backward pass, counted by PyTorch on the eager model; bytes are
-what its operators read and write, an upper bound that fusion lowers. Times are medians; arms take turns of a few steps, so that a busy machine
+plain_gpt.py does. FLOPs are those of all matrix products and attention of a step, the optimiser's included, counted by PyTorch on an eager one; bytes
+are what its operators read and write, an upper bound that fusion lowers. Times are medians; arms take turns of a few steps, so that a busy machine
 slows all alike. --json FILE keeps the numbers.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -77,35 +78,34 @@ class Arm(NamedTuple):
     tokens: int
 
 
-def our_arm(name: str, config: train_gpt.Config, phase: train_gpt.Phase, world: train_gpt.World) -> Arm:
-    """Returns our training step in a phase."""
-    attention, backend = train_gpt.choose_attention(config, world)
-    kernels, problems = train_gpt.choose_kernels(config, world)
-    world.kernels = train_gpt.Kernels(backend, tuple(kernels))
+def our_step(config: train_gpt.Config, phase: train_gpt.Phase, kernels: train_gpt.Kernels, world: train_gpt.World) -> Callable[[], None]:
+    """Returns our training step in a phase, averages included."""
     torch.manual_seed(config.seed)
+    world.kernels = kernels
     model = train_gpt.GPT(config, train_gpt.compute_dtype(config, world.device)).to(world.device)
     model.init_weights()
-    model.kernels = world.kernels
+    model.kernels = kernels
     optimizer, loader = train_gpt.Optimizer(model, config, world), Rows(config)
     averages, forward = train_gpt.Averages(model, config), train_gpt.compiled(model, config)
     knobs = train_gpt.Knobs(phase, 0.01, config.muon_momentum, 1.0)
-    count = 0
+    steps = itertools.count(1)
 
     def step() -> None:
-        nonlocal count
-        world.kernels = model.kernels
+        world.kernels = kernels
         train_gpt.training_step(forward, optimizer, loader, knobs)  # type: ignore[arg-type]
-        count += 1
-        averages.update(count, 0.01)
+        averages.update(next(steps), 0.01)
 
-    plain = train_gpt.GPT(replace(config, compile=False), model.dtype).to(world.device)
-    train_gpt.load_weights(plain, dict(model.named_parameters()))
-    size = train_gpt.rows_per_forward(config, phase, 1)
-    rows = loader.next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, world)[:size].to(world.device)
-    flops, traffic = counted(lambda: plain(rows[:, :-1], rows[:, 1:], replace(phase, qat=False)).sum())
-    parts = phase.batch_tokens / rows[:, 1:].numel()
-    print(f"{name}: attention {attention}; Triton kernels {', '.join(kernels) or 'none'}{''.join('; not ' + problem for problem in problems)}", flush=True)
-    return Arm(name, step, flops * parts, traffic * parts, phase.batch_tokens)
+    return step
+
+
+def our_arm(name: str, config: train_gpt.Config, phase: train_gpt.Phase, world: train_gpt.World) -> Arm:
+    """Returns our training step in a phase, with what was counted in an eager one by plain kernels."""
+    attention, backend = train_gpt.choose_attention(config, world)
+    names, problems = train_gpt.choose_kernels(config, world)
+    print(f"{name}: attention {attention}; Triton kernels {', '.join(names) or 'none'}{''.join('; not ' + problem for problem in problems)}", flush=True)
+    plain = train_gpt.Kernels(train_gpt.ATTENTION["sdpa"]())
+    flops, traffic = counted(our_step(replace(config, compile=False), replace(phase, qat=False), plain, world))
+    return Arm(name, our_step(config, phase, train_gpt.Kernels(backend, tuple(names)), world), flops, traffic, phase.batch_tokens)
 
 
 def their_arm(path: Path, config: train_gpt.Config, phase: train_gpt.Phase, device: torch.device) -> Arm:
@@ -114,22 +114,19 @@ def their_arm(path: Path, config: train_gpt.Config, phase: train_gpt.Phase, devi
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    torch.manual_seed(config.seed)
     shaped = replace(config, train_seq_len=phase.seq_len)
-    _, step = module.opponent(shaped, device)
-    eager, _ = module.opponent(replace(shaped, compile=False), device)
     rows = Rows(config).next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, train_gpt.World("cpu")).to(device)
-    size = train_gpt.rows_per_forward(config, phase, 1)
-    flops, traffic = counted(lambda: eager(rows[:size]))
-    return Arm(path.stem, lambda: step(rows), flops * len(rows) / size, traffic * len(rows) / size, phase.batch_tokens)
+    torch.manual_seed(config.seed)
+    eager, step = module.opponent(replace(shaped, compile=False), device), module.opponent(shaped, device)
+    return Arm(path.stem, lambda: step(rows), *counted(lambda: eager(rows)), phase.batch_tokens)
 
 
-def counted(loss: Callable[[], Tensor]) -> tuple[float, float]:
-    """Returns (FLOPs, bytes) of a forward and backward pass."""
+def counted(step: Callable[[], None]) -> tuple[float, float]:
+    """Returns (FLOPs, bytes) of a step."""
     with FlopCounterMode(display=False) as flops:
-        loss().backward()
+        step()
     with Traffic() as traffic:
-        loss().backward()
+        step()
     return float(flops.get_total_flops()), float(traffic.bytes)
 
 
