@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ttt_lora, rank 80": ("ttt_lora", {"ttt_lora_rank": 80, "ttt_lora_alpha": 360.0}),
     "ttt_lora, chunk 16": ("ttt_lora", {"ttt_lora_chunk_tokens": 16}),
     "ttt_lora, chunk 96": ("ttt_lora", {"ttt_lora_chunk_tokens": 96}),
-    "ttt_lora, warm A": ("ttt_lora", {"ttt_lora_warm_a": True}),
+    "ttt_lora, warm A": ("ttt_lora", {"ttt_lora_warm_a": True, "ttt_lora_batch_docs": 8}),  # several batches, or there is nothing to keep
     "ttt_lora, head only": ("ttt_lora", {"ttt_lora_targets": "head"}),
     "ttt_lora, without head": ("ttt_lora", {"ttt_lora_targets": "q,k,v,out,up,gate,down"}),
     "ttt_phased": ("ttt_phased", {"ttt_prefix_docs": 15, "ttt_phases": 3}),
