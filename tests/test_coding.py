@@ -309,7 +309,8 @@ def test_the_compiled_output_changes_when_qat_turns_on_and_when_grids_are_frozen
     torch._dynamo.reset()
     model, plain, qat = trained_under_qat(scheme)
     table, mlp, tokens = model.embedding.table, model.blocks[0].mlp, torch.arange(24)
-    compiled = torch.compile(lambda phase: mlp(table(tokens, phase, torch.float32), phase, None), fullgraph=True, dynamic=False, backend="eager")
+    scale = torch.ones(model.config.model_dim)
+    compiled = torch.compile(lambda phase: mlp(table(tokens, phase, torch.float32), phase, None, scale), fullgraph=True, dynamic=False, backend="eager")
     before, after = compiled(plain), compiled(qat)
     x = table.weight[tokens]
     torch.testing.assert_close(before, (x @ mlp.up.weight.T).relu().square() @ mlp.down.weight.T, rtol=0, atol=1e-5)
