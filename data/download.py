@@ -523,7 +523,8 @@ def fetch(hub: Hub, wanted: list[Item], stated: dict[str, HubFile], state: State
         transfer.finish(item.local.name, stated[item.remote].size, "ok")
         return tokens
 
-    with meter.bar, ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    with meter.bar:
         transfers = {pool.submit(bring, item): item for item in on_hub}
         try:
             for done in as_completed(transfers):
@@ -531,11 +532,13 @@ def fetch(hub: Hub, wanted: list[Item], stated: dict[str, HubFile], state: State
         except BaseException as problem:
             if not isinstance(problem, DownloadError):
                 stop.set()
-            pool.shutdown(cancel_futures=True)
+            # A transfer looks at `stop` every 10 MB only: on an interrupt nobody waits for that, `place` is atomic.
+            pool.shutdown(wait=not isinstance(problem, KeyboardInterrupt), cancel_futures=True)
             for done, item in transfers.items():
                 if done.done() and not done.cancelled() and not isinstance(done.exception(), DownloadError | OSError):
                     record(done, item, state)
             raise
+    pool.shutdown()
 
 
 def record(done: Future[int], item: Item, state: State) -> None:
@@ -776,4 +779,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code == 130:
+        sys.stdout.flush()
+        os._exit(exit_code)  # a clean exit would wait for transfers that have not seen the interrupt yet
+    sys.exit(exit_code)
