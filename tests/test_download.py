@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Barrier, Event, Thread
@@ -216,7 +217,10 @@ class Tool:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Returns the running process; later arguments override the defaults."""
         command = [sys.executable, str(DATA / "download.py"), "--repo-id", REPOSITORY, "--output", str(self.output), *arguments]
-        return subprocess.Popen(command, env=self.environment, cwd=self.output.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # A job that a shell has put into the background ignores SIGINT, and so would its children.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, env=self.environment, cwd=self.output.parent, preexec_fn=heed, **pipes)
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Returns the finished process."""
