@@ -5251,23 +5251,21 @@ def what_fits(config: Config, budget: int) -> list[dict[str, float]]:
             model = GPT(replace(config, **changes))
         return sum(part.weight.numel() for part in weight_parts(model).values()), overhead_bits(model)
 
-    def bits_left(bits_per_weight: float, **changes: Any) -> float:
-        weights, overhead = size(**changes)
-        return 8 * budget - bits_per_weight * weights - overhead
-
     # The size grows by about as much with each unit.
     units: dict[str, float] = {"num_layers": 1, "mlp_mult": (1.5 if config.swiglu else 1) / config.model_dim, "vocab_size": 64}
     weights, overhead = size()
     larger = {name: size(**{name: getattr(config, name) + unit}) for name, unit in units.items()}
     table = []
     for bits_per_weight in (2.0, 2.5, 3.0, 3.5):
-        row, left = {"bits_per_weight": bits_per_weight}, bits_left(bits_per_weight)
+        row, left = {"bits_per_weight": bits_per_weight}, 8 * budget - bits_per_weight * weights - overhead
         for name, unit in units.items():
             more_weights, more_overhead = larger[name]
             grown = getattr(config, name) + unit * (left // (bits_per_weight * (more_weights - weights) + more_overhead - overhead))
             limits = SETTINGS[name.upper()].metadata
             row[name] = type(unit)(min(max(grown, limits["low"]), limits["high"]))
-        row["num_layers"] += bits_left(bits_per_weight, num_layers=row["num_layers"] + 1) >= 0  # every second layer brings a skip as well
+        if row["num_layers"] < SETTINGS["NUM_LAYERS"].metadata["high"]:  # only every second layer brings a skip: one more may fit
+            more_weights, more_overhead = size(num_layers=row["num_layers"] + 1)
+            row["num_layers"] += bits_per_weight * more_weights + more_overhead <= 8 * budget
         table.append(row)
     return table
 
