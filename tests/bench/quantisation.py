@@ -329,19 +329,23 @@ def ideal_check(bench: Bench, budget: int, step: float, done: set[tuple[str, str
     append(entry)
 
 
+def at_bits(bench: Bench, scheme: str, bits: float) -> Outcome:
+    """Returns gptq or rate at this many bits per weight, everything counted."""
+    budget = int(bits * bench.weights / 8)
+    if scheme == "gptq":
+        return meet(budget, bench.weights, 2.0 ** max(3.5 - bits, 0), clipped(bench, "gptq", CODERS["range"]), passes=10)
+    return meet(budget, bench.weights, first_step(bench, budget), rated(bench), passes=10)
+
+
 def measure_curve(bench: Bench) -> None:
     """Measures gptq and rate at fixed bits per weight."""
     done = {(row["checkpoint"], row["row"]) for row in read_results()}
     for bits in CURVE_BITS:
-        budget = int(bits * bench.weights / 8)
         for scheme in ("gptq", "rate"):
             row = f"curve {scheme} {bits}"
             if (bench.name, row) in done:
                 continue
-            if scheme == "gptq":
-                outcome = meet(budget, bench.weights, 2.0 ** max(3.5 - bits, 0), clipped(bench, "gptq", CODERS["range"]), passes=10)
-            else:
-                outcome = meet(budget, bench.weights, first_step(bench, budget), rated(bench), passes=10)
+            outcome = at_bits(bench, scheme, bits)
             append({"checkpoint": bench.name, "row": row, "bytes": outcome.bytes, "bits_per_weight": 8 * outcome.bytes / bench.weights, "step": outcome.step,
                     **costs(bench, outcome.stored)})  # fmt: skip
 
@@ -382,12 +386,9 @@ def measure_qat(bench: Bench, path: Path) -> None:
             row = f"qat {scheme} {bits}"
             if (bench.name, row) in done:
                 continue
-            if scheme == "gptq":
-                after = meet(budget, bench.weights, 2.0 ** max(3.5 - bits, 0), clipped(plain, "gptq", CODERS["range"]), passes=10)
-                settings = {**PUBLIC, **{name: getattr(bench.config, name) * after.step for name in CLIPS}}
-            else:
-                after = meet(budget, bench.weights, first_step(plain, budget), rated(plain), passes=10)
-                settings = {"quant_scheme": "rate"}
+            after = at_bits(plain, scheme, bits)
+            scaled = {**PUBLIC, **{name: getattr(bench.config, name) * after.step for name in CLIPS}}
+            settings = scaled if scheme == "gptq" else {"quant_scheme": "rate"}
             late = {"qat_start_frac": bench.step / bench.config.iterations, "calibration_tokens": bench.config.calibration_tokens}
             folder = finish_run(bench, path, f"{scheme}-{bits}", {**settings, **late, "coder": "range", "bytes_cap": budget + code_bytes})
             artifact = (folder / "artifact.bin").read_bytes()
@@ -420,9 +421,8 @@ def measure_loops(bench: Bench) -> None:
         settings = {"matrix_bits": width, "embed_bits": width}
         attempts[f"rowmax int{width}"] = partial(clipped(bench, "rowmax", CODERS["range"], **settings), 1.0)
     for bits in (2.0, 3.0, 4.0):
-        budget = int(bits * bench.weights / 8)
-        attempts[f"gptq {bits}"] = partial(meet, budget, bench.weights, 2.0 ** (3.5 - bits), clipped(bench, "gptq", CODERS["range"]), passes=10)
-        attempts[f"rate {bits}"] = partial(meet, budget, bench.weights, first_step(bench, budget), rated(bench), passes=10)
+        for scheme in ("gptq", "rate"):
+            attempts[f"{scheme} {bits}"] = partial(at_bits, bench, scheme, bits)
     for name, attempt in attempts.items():
         if (bench.name, f"loops {name}") not in done:
             outcome = attempt()
