@@ -93,15 +93,14 @@ def parse_fracs(text: str) -> list[float]:
 
 def parse_steps(text: str) -> list[tuple[int, float]]:
     """Returns (value, fraction of the run until which it holds) for "1024@0.5,2048@1"; [] for "". Raises ValueError on other text."""
-    entries = [entry.partition("@") for entry in text.split(",")] if text else []
+    pieces = [entry.partition("@")[::2] for entry in text.split(",")] if text else []
     try:
-        untils = parse_fracs(",".join(until for _, _, until in entries)) if entries else []
-        values = [int(value) for value, _, _ in entries]
+        steps = list(zip([int(value) for value, _ in pieces], parse_fracs(",".join(until for _, until in pieces)), strict=True)) if pieces else []
+        if all(value >= 1 for value, _ in steps):
+            return steps
     except ValueError:
-        values = [0]
-    if values and min(values) < 1:
-        raise ValueError("expected VALUE@UNTIL with rising fractions of the run that end with 1, as 1024@0.5,2048@1")
-    return list(zip(values, untils, strict=True))
+        pass
+    raise ValueError("expected VALUE@UNTIL with rising fractions of the run that end with 1, as 1024@0.5,2048@1")
 
 
 def parse_layers(text: str) -> list[int]:
@@ -127,7 +126,7 @@ def parse_projections(text: str) -> list[str]:
 
 def parse_kernels(text: str) -> list[str]:
     """Returns the Triton kernels in "symmetric": none for "none", all for "auto". Raises ValueError on other text."""
-    return {"none": [], "auto": list(KERNEL_NAMES)}.get(text) or (parse_names(text, KERNEL_NAMES) if text != "none" else [])
+    return [] if text == "none" else parse_names(",".join(KERNEL_NAMES) if text == "auto" else text, KERNEL_NAMES)
 
 
 def parse_fp8(text: str) -> list[str]:
@@ -636,91 +635,91 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
     return config
 
 
-def validate(config: Config) -> list[str]:
-    """Returns what is wrong between settings: the rule, the values and the remedy, one string each."""
-    c = config
-    problems = []
+Rules = Iterator[tuple[bool, str]]  # what must hold, and what to say where it does not: the rule, the values and the remedy
 
-    def require(rule: bool, message: str) -> None:
-        if not rule:
-            problems.append(message)
 
-    stages = ["train", "export", "eval"]
-    known = [stage for stage in stages if stage in c.stage_list]
-    require(c.stage_list == known, f"STAGES={c.stages}: expected some of train,export,eval, each once, in this order")
-    require(known != ["train", "eval"], "STAGES=train,eval would score something else than what it trained: the score is the artifact's; add export")
-    require("train" in known or "export" not in known or c.checkpoint != "" or c.resume, "STAGES without train: name what to export with CHECKPOINT=path")
-    require("export" in known or "eval" not in known or c.artifact != "", "STAGES without export: name what to score with ARTIFACT=path")
-    require("train" not in known or c.checkpoint == "", "CHECKPOINT is what STAGES without train exports; to continue a run use RESUME=1 RUN_ID=name")
-    require("export" not in known or c.artifact == "", "ARTIFACT is what STAGES without export scores; use STAGES=eval")
-    require(not c.resume or c.run_id != "", "RESUME=1: say which run to continue with RUN_ID=name")
-    require(Path(c.run_id).name == c.run_id and c.run_id not in (".", ".."), f"RUN_ID={c.run_id}: expected a plain folder name; use RUNS_DIR for its place")
-    require(c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} must divide MODEL_DIM={c.model_dim}")
-    require(c.num_heads % c.num_kv_heads == 0, f"NUM_KV_HEADS={c.num_kv_heads} must divide NUM_HEADS={c.num_heads}")
-    require(c.rotated_dims % 2 == 0 and c.rotated_dims <= c.head_dim, f"ROPE_DIMS={c.rotated_dims} must be even and at most {c.head_dim}, the head's width")
-    require(c.mlp_dim >= 1, f"MLP_MULT={c.mlp_mult} leaves no hidden width at MODEL_DIM={c.model_dim}")
-    require(c.bos_id < c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}")
-    require(not (c.swiglu and c.leaky_relu_slope), "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0")
-    require(sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order")
+def stage_rules(c: Config) -> Rules:
+    """Yields the rules between stages and what they read."""
+    known = [stage for stage in ("train", "export", "eval") if stage in c.stage_list]
+    yield c.stage_list == known, f"STAGES={c.stages}: expected some of train,export,eval, each once, in this order"
+    yield known != ["train", "eval"], "STAGES=train,eval would score something else than what it trained: the score is the artifact's; add export"
+    yield "train" in known or "export" not in known or c.checkpoint != "" or c.resume, "STAGES without train: name what to export with CHECKPOINT=path"
+    yield "export" in known or "eval" not in known or c.artifact != "", "STAGES without export: name what to score with ARTIFACT=path"
+    yield "train" not in known or c.checkpoint == "", "CHECKPOINT is what STAGES without train exports; to continue a run use RESUME=1 RUN_ID=name"
+    yield "export" not in known or c.artifact == "", "ARTIFACT is what STAGES without export scores; use STAGES=eval"
+    yield not c.resume or c.run_id != "", "RESUME=1: say which run to continue with RUN_ID=name"
+    yield Path(c.run_id).name == c.run_id and c.run_id not in (".", ".."), f"RUN_ID={c.run_id}: expected a plain folder name; use RUNS_DIR for its place"
+
+
+def model_rules(c: Config) -> Rules:
+    """Yields the rules between sizes and features of the model."""
+    yield c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} must divide MODEL_DIM={c.model_dim}"
+    yield c.num_heads % c.num_kv_heads == 0, f"NUM_KV_HEADS={c.num_kv_heads} must divide NUM_HEADS={c.num_heads}"
+    yield c.rotated_dims % 2 == 0 and c.rotated_dims <= c.head_dim, f"ROPE_DIMS={c.rotated_dims} must be even and at most {c.head_dim}, the head's width"
+    yield c.mlp_dim >= 1, f"MLP_MULT={c.mlp_mult} leaves no hidden width at MODEL_DIM={c.model_dim}"
+    yield c.bos_id < c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}"
+    yield not (c.swiglu and c.leaky_relu_slope), "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0"
+    yield not (c.swiglu and c.mlp_post_only), "SWIGLU=1 has no squared relu: leave MLP_POST_ONLY at 0"
+    yield sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order"
     highest = max(c.value_embed_layer_list, default=0)
-    require(highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}")
+    yield highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}"
     widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
-    require(widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}")
-    require(
-        c.parallel_residuals == "none" or c.parallel_start_layer < c.num_layers,
-        f"PARALLEL_START_LAYER={c.parallel_start_layer} must be below NUM_LAYERS={c.num_layers}",
-    )
-    require(
-        not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
-        f"LOOP_START={c.loop_start} and LOOP_END={c.loop_end} must name layers in order, below NUM_LAYERS={c.num_layers}",
-    )
-    require(
-        not c.num_loops or c.parallel_residuals != "lanes" or c.loop_end < c.parallel_start_layer,
-        f"LOOP_END={c.loop_end} must be below PARALLEL_START_LAYER={c.parallel_start_layer}: two lanes cannot go back into one",
-    )
+    yield widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
+    starts_inside = c.parallel_residuals == "none" or c.parallel_start_layer < c.num_layers
+    yield starts_inside, f"PARALLEL_START_LAYER={c.parallel_start_layer} must be below NUM_LAYERS={c.num_layers}"
+    in_order = not c.num_loops or c.loop_start <= c.loop_end < c.num_layers
+    yield in_order, f"LOOP_START={c.loop_start} and LOOP_END={c.loop_end} must name layers in order, below NUM_LAYERS={c.num_layers}"
+    before_lanes = not c.num_loops or c.parallel_residuals != "lanes" or c.loop_end < c.parallel_start_layer
+    yield before_lanes, f"LOOP_END={c.loop_end} must be below PARALLEL_START_LAYER={c.parallel_start_layer}: two lanes cannot go back into one"
+    yield c.compute_dtype != "float64" or not (c.mlp_post_only or c.fp8), "MLP_POST_ONLY and FP8 have no form in COMPUTE_DTYPE=float64: leave them off"
+    widths = [c.model_dim, c.mlp_dim] * ("mlp" in c.fp8) + [c.vocab_size, (c.tie_embeddings and c.embed_rank) or c.model_dim] * ("head" in c.fp8)
+    yield all(width % 16 == 0 for width in widths), f"FP8={c.fp8}: the sizes of its products, {widths}, must be multiples of 16"
+
+
+def training_rules(c: Config) -> Rules:
+    """Yields the rules between rows, batches and schedules."""
+    trains = "train" in c.stage_list
     longest = max((value for value, _ in parse_steps(c.train_seq_schedule)), default=c.train_seq_len)
-    require("train" not in known or longest == c.train_seq_len, f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest row of TRAIN_SEQ_SCHEDULE, {longest}")
+    yield not trains or longest == c.train_seq_len, f"TRAIN_SEQ_LEN={c.train_seq_len} must be the longest row of TRAIN_SEQ_SCHEDULE, {longest}"
     largest = max((value for value, _ in parse_steps(c.train_batch_schedule)), default=c.train_batch_tokens)
-    require(
-        "train" not in known or largest == c.train_batch_tokens,
-        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be the largest batch of TRAIN_BATCH_SCHEDULE, {largest}",
-    )
+    is_largest = not trains or largest == c.train_batch_tokens
+    yield is_largest, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be the largest batch of TRAIN_BATCH_SCHEDULE, {largest}"
     for phase in Schedule(c).phases():
-        require(
-            "train" not in known or phase.batch_tokens % phase.seq_len == 0,
-            f"TRAIN_BATCH_TOKENS={phase.batch_tokens} must be a multiple of TRAIN_SEQ_LEN={phase.seq_len} wherever their schedules meet",
-        )
+        divides = not trains or phase.batch_tokens % phase.seq_len == 0
+        yield divides, f"TRAIN_BATCH_TOKENS={phase.batch_tokens} must be a multiple of TRAIN_SEQ_LEN={phase.seq_len} wherever their schedules meet"
+    holds_a_row = not trains or c.micro_batch_tokens >= c.train_seq_len
+    yield holds_a_row, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}"
+    yield not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0"
     ends = parse_fracs(c.warmdown_ends)
-    require(len(ends) == 1 or c.warmdown_frac > 0, f"WARMDOWN_ENDS={c.warmdown_ends} needs WARMDOWN_FRAC, and WARMDOWN_ITERS=0")
-    require(
-        all(high - low >= c.warmdown_frac for low, high in itertools.pairwise([0.0, *ends])),
-        f"WARMDOWN_FRAC={c.warmdown_frac} is longer than the gap between two of WARMDOWN_ENDS={c.warmdown_ends}",
-    )
-    require(
-        "train" not in known or c.micro_batch_tokens >= c.train_seq_len,
-        f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}",
-    )
-    require(not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0")
-    require(
-        (c.final_eval == "chunked" and not c.documents_file) or c.eval_stride <= c.window,
-        f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)",
-    )
-    require(c.quant_scheme != "rate" or c.coder == "range", f"QUANT_SCHEME=rate needs CODER=range, not {c.coder}: its codes do not fit bytes")
+    yield len(ends) == 1 or c.warmdown_frac > 0, f"WARMDOWN_ENDS={c.warmdown_ends} needs WARMDOWN_FRAC, and WARMDOWN_ITERS=0"
+    fits_between = all(high - low >= c.warmdown_frac for low, high in itertools.pairwise([0.0, *ends]))
+    yield fits_between, f"WARMDOWN_FRAC={c.warmdown_frac} is longer than the gap between two of WARMDOWN_ENDS={c.warmdown_ends}"
+
+
+def artifact_rules(c: Config) -> Rules:
+    """Yields the rules between quantiser, widths and coder."""
+    yield c.quant_scheme != "rate" or c.coder == "range", f"QUANT_SCHEME=rate needs CODER=range, not {c.coder}: its codes do not fit bytes"
     widths = (c.matrix_bits, c.mlp_bits or c.matrix_bits, c.embed_bits)
-    require(all(width in WIDTHS for width in widths), f"MATRIX_BITS, MLP_BITS and EMBED_BITS are {widths}: expected 2 to 8, or 16 = float16")
-    require(max(parse_layer_bits(c.layer_bits), default=0) < c.num_layers, f"LAYER_BITS={c.layer_bits} must name layers below NUM_LAYERS={c.num_layers}")
-    require(not c.documents_file or c.documents_file.endswith(".csv"), f"DOCUMENTS_FILE={c.documents_file}: expected a name that ends in .csv")
-    require(
-        c.final_eval not in ("ttt_lora", "ttt_phased") or (c.ttt_lora_chunk_tokens <= c.window and c.doc_mask),
-        f"FINAL_EVAL={c.final_eval} needs DOC_MASK=1, and TTT_LORA_CHUNK_TOKENS={c.ttt_lora_chunk_tokens} of at most the window, {c.window} tokens",
-    )
-    require(not (c.swiglu and c.mlp_post_only), "SWIGLU=1 has no squared relu: leave MLP_POST_ONLY at 0")
-    require(c.compute_dtype != "float64" or not (c.mlp_post_only or c.fp8), "MLP_POST_ONLY and FP8 have no form in COMPUTE_DTYPE=float64: leave them off")
-    widths8 = [c.model_dim, c.mlp_dim] * ("mlp" in c.fp8) + [c.vocab_size, (c.tie_embeddings and c.embed_rank) or c.model_dim] * ("head" in c.fp8)
-    require(all(width % 16 == 0 for width in widths8), f"FP8={c.fp8}: the sizes of its products, {widths8}, must be multiples of 16")
-    require(c.swiglu or c.ttt_lora_targets != "gate", "TTT_LORA_TARGETS=gate: without SWIGLU there is no such projection")
-    require(not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy")
-    return problems
+    yield all(width in WIDTHS for width in widths), f"MATRIX_BITS, MLP_BITS and EMBED_BITS are {widths}: expected 2 to 8, or 16 = float16"
+    yield max(parse_layer_bits(c.layer_bits), default=0) < c.num_layers, f"LAYER_BITS={c.layer_bits} must name layers below NUM_LAYERS={c.num_layers}"
+
+
+def evaluation_rules(c: Config) -> Rules:
+    """Yields the rules of windows, adaptation and what they write."""
+    steps_inside = (c.final_eval == "chunked" and not c.documents_file) or c.eval_stride <= c.window
+    yield steps_inside, f"EVAL_STRIDE={c.eval_stride} must be at most the window, {c.window} tokens (EVAL_SEQ_LEN or TRAIN_SEQ_LEN)"
+    by_document = c.final_eval not in ("ttt_lora", "ttt_phased") or (c.ttt_lora_chunk_tokens <= c.window and c.doc_mask)
+    chunk = f"TTT_LORA_CHUNK_TOKENS={c.ttt_lora_chunk_tokens} of at most the window, {c.window} tokens"
+    yield by_document, f"FINAL_EVAL={c.final_eval} needs DOC_MASK=1, and {chunk}"
+    yield c.swiglu or c.ttt_lora_targets != "gate", "TTT_LORA_TARGETS=gate: without SWIGLU there is no such projection"
+    yield not c.scores_file or c.scores_file.endswith(".npy"), f"SCORES_FILE={c.scores_file}: expected a name that ends in .npy"
+    yield not c.documents_file or c.documents_file.endswith(".csv"), f"DOCUMENTS_FILE={c.documents_file}: expected a name that ends in .csv"
+
+
+def validate(config: Config) -> list[str]:
+    """Returns what is wrong between settings, one string each."""
+    groups = (stage_rules, model_rules, training_rules, artifact_rules, evaluation_rules)
+    return [message for rules in groups for holds, message in rules(config) if not holds]
 
 
 def format_value(value: Any) -> str:
@@ -1929,6 +1928,16 @@ def choose_kernels(config: Config, world: World) -> tuple[list[str], list[str]]:
     if problems and config.kernels != "auto":
         raise ValueError(f"KERNELS={config.kernels} does not work here ({'; '.join(problems)}); use KERNELS=auto or none")
     return works, problems
+
+
+def choose_fast_forms(config: Config, world: World) -> tuple[Kernels, str]:
+    """Returns what this run computes with, and a line for its log. Raises ValueError where what the settings name does not work here."""
+    if config.fp8 and world.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(f"FP8={config.fp8}: this GPU has no float8 products, which need compute capability 8.9; leave FP8 empty")
+    name, attention = choose_attention(config, world)
+    kernels, problems = choose_kernels(config, world)
+    line = f"attention by {name}; Triton kernels: {', '.join(kernels) or 'none'}" + "".join(f"; not {problem}" for problem in problems)
+    return Kernels(attention, tuple(kernels)), line
 
 
 def squared_leaky_relu(slope: float, x: Tensor) -> Tensor:
@@ -5370,18 +5379,14 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     loader = TrainLoader(config) if "train" in stages or calibrated else None
     val = load_val(config) if stages != ["export"] else None
 
-    name, attention = choose_attention(config, world)
-    kernels, problems = choose_kernels(config, world)
-    world.kernels = Kernels(attention, tuple(kernels))
-    if config.fp8 and world.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise ValueError(f"FP8={config.fp8}: this GPU has no float8 products, which need compute capability 8.9; leave FP8 empty")
+    world.kernels, chosen = choose_fast_forms(config, world)
     torch.manual_seed(config.seed)
     model = GPT(config, compute_dtype(config, world.device)).to(world.device)
     model.kernels = world.kernels
     model.init_weights()
     world.copy_from_main([parameter.data for parameter in model.parameters()])  # drawn alike on equal machines, but nothing promises it
     run = open_run(config, world, signals, source, model)
-    run.log.note(f"attention by {name}; Triton kernels: {', '.join(kernels) or 'none'}" + "".join(f"; not {problem}" for problem in problems))
+    run.log.note(chosen)
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}

@@ -417,9 +417,9 @@ def test_each_rule_between_settings_triggers_alone(broken: str) -> None:
 def test_every_rule_between_settings_has_a_case() -> None:
     """A rule is known by the constant parts of its message."""
     reports = [" ".join(problems_of(*broken.split())) for broken in BROKEN_RULES]
-    [validate] = [node for node in TREE.body if isinstance(node, ast.FunctionDef) and node.name == "validate"]
-    rules = [node.args[1] for node in ast.walk(validate) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require"]
-    assert len(rules) >= 25
+    groups = [node for node in TREE.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_rules") and node.name != "role_rules"]
+    rules = [node.value.elts[1] for group in groups for node in ast.walk(group) if isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple)]
+    assert len(rules) >= 35
     for message in rules:
         parts = [part.value for part in ast.walk(message) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
         assert any(all(part in report for part in parts) for report in reports), parts

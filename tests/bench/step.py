@@ -100,12 +100,11 @@ def our_step(config: train_gpt.Config, phase: train_gpt.Phase, kernels: train_gp
 
 def our_arm(name: str, config: train_gpt.Config, phase: train_gpt.Phase, world: train_gpt.World) -> Arm:
     """Returns our training step in a phase, with what was counted in an eager one by plain kernels."""
-    attention, backend = train_gpt.choose_attention(config, world)
-    names, problems = train_gpt.choose_kernels(config, world)
-    print(f"{name}: attention {attention}; Triton kernels {', '.join(names) or 'none'}{''.join('; not ' + problem for problem in problems)}", flush=True)
+    kernels, chosen = train_gpt.choose_fast_forms(config, world)
+    print(f"{name}: {chosen}", flush=True)
     plain = train_gpt.Kernels(train_gpt.ATTENTION["sdpa"]())
     flops, traffic = counted(our_step(replace(config, compile=False), replace(phase, qat=False), plain, world))
-    return Arm(name, our_step(config, phase, train_gpt.Kernels(backend, tuple(names)), world), flops, traffic, phase.batch_tokens)
+    return Arm(name, our_step(config, phase, kernels, world), flops, traffic, phase.batch_tokens)
 
 
 def their_arm(path: Path, config: train_gpt.Config, phase: train_gpt.Phase, device: torch.device) -> Arm:
