@@ -248,25 +248,35 @@ def cut_sentences(text: str) -> Iterator[str]:
         start = end
 
 
-def train_tokenizer(sentences: Iterable[str], vocab_size: int, symbols: Sequence[str] = ()) -> bytes:
-    """Returns a lossless SentencePiece BPE model trained on `sentences`, in which each of `symbols` is a piece that no other piece reaches over.
+# What the challenge's own script trains with: NFKC, and whitespace in single spaces, so that texts do not come back as they were.
+AS_IN_CHALLENGE: dict[str, Any] = {
+    "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, "allow_whitespace_only_pieces": False, "add_dummy_prefix": False,
+    "character_coverage": 0.999,
+}  # fmt: skip
 
-    Raises InputError when the text does not support `vocab_size`.
+
+def train_tokenizer(sentences: Iterable[str], vocab_size: int, symbols: Sequence[str] = (), *, as_in_challenge: bool = False) -> bytes:
+    """Returns a SentencePiece BPE model trained on `sentences`, in which each of `symbols` is a piece that no other piece reaches over.
+
+    It is lossless unless it is to be `as_in_challenge`. Raises InputError when the text does not support `vocab_size`.
     """
     model = io.BytesIO()
+    options: dict[str, Any] = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "add_dummy_prefix": not symbols,  # the challenge's way with CaseOps: a document begins with a marker more often than with a word
+        "character_coverage": 0.9995,  # the rarest characters cost a few bytes each rather than a piece of a small vocabulary
+    }
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=not symbols,  # the challenge's way with CaseOps: a document begins with a marker more often than with a word
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
+            **(AS_IN_CHALLENGE if as_in_challenge else options),
             byte_fallback=True,
             split_digits=True,
-            character_coverage=0.9995,  # the rarest characters cost a few bytes each rather than a piece of a small vocabulary
             max_sentence_length=SENTENCE_BYTES,
             num_threads=16,  # recorded in the model, so a number taken from the machine would change its hash
             pad_id=0,
@@ -748,6 +758,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="MODEL", type=Path, help="SentencePiece model to use; without it one is trained")
     tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of the tokenizer to train; 256 or 260: the bytes")
+    parser.add_argument("--as-in-challenge", action="store_true", help="train it with the challenge's own options, which lose whitespace and rare characters")
     parser.add_argument("--caseops", action="store_true", help="turn capitals into markers first; also write byte shards for the validation split")
     parser.add_argument("--fuse-markers", action="store_true", help="with --caseops: one token for a space and the marker after it")
     parser.add_argument(
@@ -768,6 +779,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.vocab_size > MAX_VOCAB_SIZE:
         raise InputError(f"--vocab-size {options.vocab_size} does not fit the shards' uint16; use at most {MAX_VOCAB_SIZE}")
+    if options.as_in_challenge and (options.caseops or options.tokenizer is not None or options.vocab_size in BYTE_VOCAB_SIZES):
+        raise InputError("--as-in-challenge is about the tokenizer to train, and CaseOps needs a lossless one; leave it out")
     if options.vocab_size in BYTE_VOCAB_SIZES and options.caseops:
         raise InputError(f"--vocab-size {options.vocab_size} is a vocabulary of bytes, which have no case markers; leave out --caseops, or take a larger one")
     if options.val_docs == "all" and options.tokenizer is None and options.vocab_size not in BYTE_VOCAB_SIZES:
@@ -788,7 +801,7 @@ def make_tokenizer(options: argparse.Namespace, corpus: Corpus, val_documents: i
         documents = itertools.islice(corpus, val_documents, None)
         sample = sample_documents(documents, options.train_sample_bytes, caseops.encode if options.caseops else str)
         symbols = (*caseops.MARKERS, *(caseops.FUSED if options.fuse_markers else ())) if options.caseops else ()
-        model = train_tokenizer(sample.sentences, options.vocab_size, symbols)
+        model = train_tokenizer(sample.sentences, options.vocab_size, symbols, as_in_challenge=options.as_in_challenge)
         entry["trained_on"] = {"documents": sample.documents, "bytes": sample.bytes}
     else:
         model = options.tokenizer.read_bytes()

@@ -19,6 +19,7 @@ from records import report
 
 Event = dict[str, Any]
 PNG_FILES = {"loss_over_steps.png", "loss_over_time.png", "throughput.png", "bytes_by_role.png"}
+FRONTIER_FILES = {"score_against_bytes.png", "score_against_training.png", "score_against_evaluation.png"}
 
 
 def header(run_id: str, **settings: Any) -> list[Event]:
@@ -65,6 +66,13 @@ def ending(run_id: str, *, val_bpb: float = 1.2244, bytes_total: int = 15_900_00
         *({"event": "eval", "name": name, **score, "targets": 1_900_000, "bytes": scored_bytes} for name, score in scores.items()),
         {"event": "result", "run_id": run_id, **result, **times, **quality, "scores": scores, **sizes},
     ]
+
+
+def scored(run_id: str, val_bpb: float, settings: Event | None = None, result: Event | None = None, bytes_total: int = 15_900_000) -> list[Event]:
+    """Returns a run that was only evaluated, whose result holds `result` besides; its seed is the setting SEED."""
+    events = [*header(run_id, **(settings or {})), *ending(run_id, val_bpb=val_bpb, bytes_total=bytes_total)]
+    events[-1].update({"seed": (settings or {}).get("SEED", 1), **(result or {})})
+    return events
 
 
 def whole_run(run_id: str, *, floor: float = 3.2, seed: int = 0, settings: Event | None = None, **end: Any) -> list[Event]:
@@ -214,7 +222,8 @@ def test_run_with_only_an_evaluation(tmp_path: Path) -> None:
 
 def test_a_plot_of_an_earlier_report_does_not_stay(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "throughput.png").write_bytes(b"old")
+    for name in ("throughput.png", "differences.png"):
+        (tmp_path / "out" / name).write_bytes(b"old")
     assert report.main([str(write(tmp_path / "b", header("b"))), "--output", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
 
@@ -272,8 +281,8 @@ def test_plots_of_wrong_types_are_drawn(tmp_path: Path) -> None:
     wrong: list[Event] = [{"train_loss": -1, "train_seconds": -1, "order": 1}, {"bytes_total": 0}, {"roles": [1, {"role": 2}]}]
     events = [[{**event, **bad} for event in whole_run("a")] for bad in wrong]
     runs = [report.read_run(write(tmp_path / str(index), run)) for index, run in enumerate(events)]
-    for drawn in (runs, runs[:1]):
-        assert set(report.draw_all(drawn)) == PNG_FILES
+    assert set(report.draw_all(runs)) == PNG_FILES | FRONTIER_FILES
+    assert set(report.draw_all(runs[:1])) == PNG_FILES
 
 
 def test_runs_are_compared(tmp_path: Path) -> None:
@@ -333,4 +342,126 @@ def test_good_folders_are_reported_beside_bad_ones(tmp_path: Path, monkeypatch: 
 def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert report.main([str(write(tmp_path / "a", header("a"))), "--output", str(tmp_path / "file")]) == 2
-    assert "cannot write the report" in capsys.readouterr().err
+    assert f"cannot write: [Errno 17] File exists: '{tmp_path / 'file'}'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------
+# Several runs: what their settings changed, and what their scores took
+
+
+def run_of(folder: Path, run_id: str, val_bpb: float, result: Event | None = None, bytes_total: int = 15_900_000, **settings: Any) -> report.Run:
+    return report.read_run(write(folder / run_id, scored(run_id, val_bpb, settings, result, bytes_total)))
+
+
+def test_differences_are_paired_by_seed_and_named_by_the_settings_that_differ(tmp_path: Path) -> None:
+    base = [run_of(tmp_path, f"base{seed}", score, SEED=seed, MATRIX_LR=0.02) for seed, score in ((1, 1.20), (2, 1.22), (3, 1.21))]
+    # Unpaired, the high rate would look worse: it lacks the seed that is best of all.
+    high = [run_of(tmp_path, f"high{seed}", score, SEED=seed, MATRIX_LR=0.04) for seed, score in ((2, 1.218), (3, 1.206))]
+    single = [run_of(tmp_path, "single", 1.25, SEED=1, MATRIX_LR=0.02, EMA_DECAY=0.9)]
+    other_seed = [run_of(tmp_path, "other", 1.1, SEED=9, MATRIX_LR=0.08)]
+    label, found = report.differences([*base, *high, *single, *other_seed])
+    assert label == "EMA_DECAY=not recorded, MATRIX_LR=0.02"
+    assert [difference.label for difference in found] == ["MATRIX_LR=0.04", "EMA_DECAY=0.9"]
+    assert found[0].values == pytest.approx([-0.002, -0.004]) and found[1].values == pytest.approx([0.05])
+    assert found[0].mean == pytest.approx(-0.003) and found[0].error == pytest.approx(0.001)
+    assert math.isnan(found[1].error)
+    page = report.page_html([*base, *high, *single], {}, [])
+    assert cells(page, "MATRIX_LR=0.04") == ["-0.003000", "0.001000", "2"]
+    assert cells(page, "EMA_DECAY=0.9") == ["+0.050000", "—", "1"]
+
+
+def test_runs_of_one_seed_and_configuration_count_as_their_mean(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, name, score, MATRIX_LR=rate) for name, score, rate in (("a", 1.2, 1), ("b", 1.3, 1), ("c", 1.2, 2))]
+    assert report.differences(runs)[1][0].values == pytest.approx([-0.05])
+
+
+def test_what_only_says_where_a_run_lies_makes_no_configuration(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, f"r{seed}", 1.2, SEED=seed, RUNS_DIR=f"runs{seed}", TRAIN_LOG_EVERY=seed) for seed in (1, 2)]
+    assert len(report.configurations(runs)) == 1
+    assert report.differences(runs) == ("", [])
+
+
+def test_a_preset_names_its_configuration_and_many_settings_are_counted(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, name, 1.2, PRESET=name, A=value, B=value, C=value) for name, value in (("small", 1), ("large", 2))]
+    assert report.differences(runs)[1][0].label == "PRESET=large, A=2, B=2 and 1 more"
+
+
+@pytest.mark.parametrize(("settings", "end"), [({"DATA_PATH": "other"}, {}), ({"FINAL_EVAL": "chunked"}, {})])
+def test_scores_that_cannot_be_compared_are_neither_subtracted_nor_plotted(tmp_path: Path, settings: Event, end: Event) -> None:
+    runs = [run_of(tmp_path, "a", 1.2, MATRIX_LR=1), run_of(tmp_path, "b", 1.3, MATRIX_LR=2, **settings)]
+    assert report.differences(runs) == ("", [])
+    assert not (FRONTIER_FILES | {"differences.png"}) & set(report.draw_all(runs))
+    page = report.page_html(runs, {}, [])
+    assert page.count(report.INCOMPARABLE) == 3 and report.NO_DIFFERENCES in page
+
+
+def test_times_of_different_hardware_are_not_plotted(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, "a", 1.2), run_of(tmp_path, "b", 1.3, result={"device": "NVIDIA H100"})]
+    assert set(report.draw_all(runs)) & FRONTIER_FILES == {"score_against_bytes.png"}
+
+
+def test_frontier_is_the_best_score_that_each_size_allows() -> None:
+    sizes = [(3, 1.2), (1, 1.5), (2, 1.6), (4, 1.2), (5, 1.1), (1, 1.4)]
+    points = [report.Point(x, score, "", "black") for x, score in sizes]
+    best = report.frontier([*points, report.Point(0, 1.0, "over the cap", "black", ranked=False)])
+    assert [(point.x, point.score) for point in best] == [(1, 1.4), (3, 1.2), (5, 1.1)]
+
+
+def test_run_frontier_draws_each_run_the_cap_and_the_line(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path, name, score, bytes_total=size) for name, score, size in (("a", 1.3, 14_000_000), ("b", 1.2, 15_000_000), ("over", 1.1, 17_000_000))]
+    figure = report.draw_against_bytes(runs)
+    assert figure
+    axes = figure.axes[0]
+    points = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])): line for line in axes.lines if line.get_marker() == "o"}
+    assert set(points) == {(14_000_000, 1.3), (15_000_000, 1.2), (17_000_000, 1.1)}
+    assert [line.get_markerfacecolor() == "white" for line in points.values()] == [False, False, True]
+    step = next(line for line in axes.lines if line.get_drawstyle() == "steps-post")
+    assert list(zip(step.get_xdata(), step.get_ydata(), strict=True)) == [(14_000_000, 1.3), (15_000_000, 1.2), (15_000_000, 1.2)]
+    written = [text.get_text() for text in axes.texts]
+    assert written == ["cap 16,000,000", "a", "b", "over"]
+
+
+def test_labels_that_would_cover_another_are_left_out() -> None:
+    points = [report.Point(1 + 1e-9 * index, 1.2, f"a label of some length {index}", "black") for index in range(20)]
+    figure = report.draw_frontier([*points, report.Point(2, 1.3, "alone", "black")], "x")
+    assert figure
+    report.label_points(figure, [*points, report.Point(2, 1.3, "alone", "black")])
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert "alone" in written and points[0].label in written and len(written) < 8
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
+
+
+def test_differences_are_drawn_with_their_standard_error() -> None:
+    figure = report.draw_differences("base", [report.Difference("two", [0.01, 0.03]), report.Difference("one", [-0.02])])
+    assert figure
+    axes = figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.02, -0.02])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["two", "one"]
+    assert [text.get_text() for text in axes.texts] == ["+0.0200 ± 0.0100   n = 2", "-0.0200   n = 1"]
+    (error,) = [bars for bars in axes.containers if hasattr(bars, "has_xerr")]
+    low, high = error[2][0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx((0.01, 0.03))
+    assert report.draw_differences("base", []) is None
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    path.write_bytes(b"old")
+
+    def full_disk(self: Path, content: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(content[:3])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_file(path, b"new content")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--table", "run"], ["--import", "x", "run"], ["--table", "--output", "x"]])
+def test_command_line_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.main(arguments)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err

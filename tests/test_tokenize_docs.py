@@ -229,6 +229,20 @@ def test_long_and_marked_texts_still_train(filler: str, lost: str) -> None:
     assert any("qu" in processor.id_to_piece(token) or "ux" in processor.id_to_piece(token) for token in range(260, 266))
 
 
+def test_a_tokenizer_as_in_the_challenge_normalises_and_ours_keeps_every_character(sample_texts: list[str]) -> None:
+    pieces = list(tokenize_docs.cut_sentences(sample_texts[4]))
+    ours, theirs = (tokenize_docs.load_tokenizer(tokenize_docs.train_tokenizer(pieces, 400, as_in_challenge=lossy), "") for lossy in (False, True))
+    text = "  speak \u2160\n\n  \ufb01rst"
+    assert ours.decode(ours.encode(text)) == text
+    assert theirs.decode(theirs.encode(text)) == "speak I first"
+
+
+@pytest.mark.parametrize("others", [["--caseops"], ["--vocab-size", 260], ["--tokenizer", "a.model"]])
+def test_the_challenges_options_are_refused_where_they_cannot_hold(others: list[object]) -> None:
+    with pytest.raises(tokenize_docs.InputError, match="--as-in-challenge"):
+        tokenize_docs.parse_arguments(["--input", "a", "--output", "b", "--as-in-challenge", *map(str, others)])
+
+
 def test_tokenizer_never_sees_validation_documents(tmp_path: Path, sample_texts: list[str]) -> None:
     training = sample_texts[4:6]
     for name, held_out in (("a", "zyx " * 5000), ("b", "qqq")):
