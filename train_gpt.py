@@ -35,14 +35,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import brotli
 import constriction
@@ -59,6 +59,10 @@ try:
     import triton.language as tl
 except ImportError:  # only a GPU needs it
     triton = None
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Config
@@ -269,6 +273,7 @@ class Config:
     beta2: float = setting(0.95, "Adam: decay of the second moment", low=0, high=0.99999)
     adam_eps: float = setting(1e-8, "Adam: added to the root of the second moment", low=1e-20)
     grad_clip_norm: float = setting(0.0, "largest norm of the averaged gradient; 0 = no clipping", low=0)
+    max_skipped_steps: int = setting(5, "steps running that may be left out because their loss or gradient is not finite; then training stops", low=0)
     ema_decay: float = setting(0.0, "EMA: decay per step of the average of weights; 0 = off", low=0, high=0.99999)
     ema_every: int = setting(1, "steps between the weights that go into the EMA", low=1)
     lawa_k: int = setting(0, "LAWA: number of latest weights (of their EMA, if on) in the mean; 0 = off", low=0, high=100)
@@ -383,7 +388,7 @@ MODEL_SETTINGS = (
 # Settings that may differ between a run and its continuation: they do not reach the trained weights, but for the rounding of kernels.
 FREE_ON_RESUME = (
     "attention_backend", "kernels",
-    "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env",
+    "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env", "max_skipped_steps",
     "lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_left_bits", "lqer_asym_group", "gptq_damping",
     "coder", "code_order", "byte_shuffle", "val_batch_size", "val_loss_every", "rope_scaling", "final_eval", "eval_seq_len", "eval_stride",
     "eval_seconds", "eval_softcap", "eval_softcap_negative", "tilt_boost", "tilt_order", "tilt_count", "ttt_lr", "ttt_momentum", "ttt_epochs",
@@ -941,14 +946,16 @@ class StopSignals:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears whole under its name or not at all, even when the machine dies."""
+def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears whole under its name or not at all, even when the machine dies. What had that name is kept as `keep`."""
     unfinished = path.with_name(path.name + ".partial")
     try:
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -958,6 +965,19 @@ def atomic_write(path: Path, data: bytes) -> None:
     """Writes `data` as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Locks an open file until it is closed; returns False where another process has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -1019,6 +1039,8 @@ class Log:
     def __init__(self, folder: Path | None) -> None:
         """Appends to the files in `folder`; None = a rank that does not log."""
         self.events = open(folder / "run.jsonl", "a", encoding="utf-8") if folder else None  # noqa: SIM115
+        if self.events is not None and not try_lock(self.events):
+            raise ValueError(f"{self.events.name}: another process has just begun to work on this run; choose another RUN_ID")
         self.lines = open(folder / "log.txt", "a", encoding="utf-8") if folder else None  # noqa: SIM115
         self.live = folder is not None and sys.stdout.isatty()
 
@@ -1027,12 +1049,14 @@ class Log:
         if self.events is None or self.lines is None:
             return
         event = {"event": kind, "time": round(time.time(), 3), **values}
-        self.events.write(json.dumps(event) + "\n")
         line = LOG_LINES[kind](event)
-        self.lines.write(line + "\n")
-        self.events.flush()
-        self.lines.flush()
         print(f"\r\033[K{line}" if self.live else line, flush=True)
+        for file, text in ((self.events, json.dumps(event)), (self.lines, line)):
+            try:
+                file.write(text + "\n")
+                file.flush()
+            except OSError as problem:  # a full disk must not end a run whose weights are in memory
+                print(f"{file.name}: {problem.strerror}; a line is missing there", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Records a sentence."""
@@ -1047,7 +1071,8 @@ class Log:
         """Closes both files."""
         for file in (self.events, self.lines):
             if file is not None:
-                file.close()
+                with suppress(OSError):
+                    file.close()
 
 
 class Run(NamedTuple):
@@ -3522,6 +3547,7 @@ def inefficiency_bits(curvatures: Sequence[Curvature], grids: Sequence[Grid], sh
 # evaluation only the callback `validate`.
 
 CHECKPOINT_VERSION, DIGEST_BYTES = 3, 16
+CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and the one before
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
 
@@ -3627,12 +3653,36 @@ def content_digest(content: Any) -> str:
 
 
 def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, *, finished: bool) -> None:
-    """Writes `checkpoint.pt` into the run folder, atomically. Every rank must call it."""
+    """Writes `checkpoint.pt` into the run folder, atomically, and keeps the one before. Every rank must call it.
+
+    Where it cannot be written, the log says so and the run goes on: what it has learnt is still in memory.
+    """
     saved = state.save()
     if run.world.is_main:
         content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), "step": step, "seconds": seconds, "finished": finished, "state": saved}
-        with atomic_file(run.folder / "checkpoint.pt") as file:
-            torch.save({**content, "digest": content_digest(content)}, file)
+        newest, before = (run.folder / name for name in CHECKPOINT_FILES)
+        try:
+            with atomic_file(newest, keep=before) as file:
+                torch.save({**content, "digest": content_digest(content)}, file)
+        except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
+            run.log.note(f"step {step}: {newest} cannot be written ({str(problem).splitlines()[0]}); the run goes on without it")
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """Returns (path, content, what is wrong with newer ones) of the newest checkpoint that is whole; None where there is none at all.
+
+    Raises ValueError where all are damaged.
+    """
+    problems: list[str] = []
+    for path in (folder / name for name in CHECKPOINT_FILES):
+        if path.exists():
+            try:
+                return path, read_checkpoint(path), problems
+            except ValueError as problem:
+                problems.append(str(problem))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return None
 
 
 def check_same_settings(saved: Mapping[str, Any], config: Config) -> None:
@@ -3718,6 +3768,7 @@ class Trained(NamedTuple):
     """What training hands on."""
 
     steps: int
+    skipped: int  # of them, because loss or gradient was not finite
     seconds: float
     tokens: int
     score: Score  # of the trained weights, before quantisation
@@ -3768,6 +3819,7 @@ class Trainer:
         self.step = 0
         self.clock = Clock()
         self.logged = Moment(0, 0.0, 0)  # at the last log line
+        self.skipped = self.skipped_running = 0  # steps that were not applied: since the start or resumption, and running
         self.in_flight: tuple[Moment, HostCopy, Knobs] | None = None  # the latest step, its numbers on their way
 
     def train(self) -> Trained:
@@ -3798,7 +3850,7 @@ class Trainer:
             self.run.log.note(f"calibration on {config.calibration_tokens:,} training tokens: {spent:.1f} s ({self.reserve_seconds:.1f} reserved)")
         peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB" if world.device.type == "cuda" else ""
         self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights saved in checkpoint.pt")
-        return Trained(self.step, self.clock.seconds(), tokens, self.validate(), curvatures)
+        return Trained(self.step, self.skipped, self.clock.seconds(), tokens, self.validate(), curvatures)
 
     def reserve(self) -> None:
         """Measures what the statistics of the export take, so that training ends that much earlier."""
@@ -3898,9 +3950,16 @@ class Trainer:
         (now, numbers, knobs), self.in_flight = self.in_flight, None
         step, seconds, _ = now
         loss, grad_norm = numbers.read()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise Diverged(f"step {step}: loss {loss}, gradient norm {grad_norm}; that step was not applied. Try a lower learning rate or GRAD_CLIP_NORM=1")
         config = self.run.config
+        self.skipped_running = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else self.skipped_running + 1
+        if self.skipped_running:
+            self.skipped += 1
+            problem = f"step {step}: loss {loss}, gradient norm {grad_norm}; that step was not applied"
+            if self.skipped_running > config.max_skipped_steps:
+                before = f", nor were the {self.skipped_running - 1} before it" if self.skipped_running > 1 else ""
+                raise Diverged(f"{problem}{before}. Try a lower learning rate or GRAD_CLIP_NORM=1")
+            self.run.log.note(problem)
+            return
         steps, elapsed = step - self.logged.step, seconds - self.logged.seconds
         remaining = (config.iterations - step) * seconds / step
         if config.max_wallclock_seconds:
@@ -3933,22 +3992,23 @@ class Trainer:
         """Continues from the run's checkpoint when RESUME asks for it; returns whether training was already finished."""
         if not self.run.config.resume:
             return False
-        path = self.run.folder / "checkpoint.pt"
-        if not self.run.world.from_main(path.exists()):
+        found = newest_checkpoint(self.run.folder)
+        if found is None:
             self.run.log.note("no checkpoint yet: training starts from step 0")
             return False
-        saved = read_checkpoint(path)
+        path, saved, problems = found
         check_same_settings(saved["settings"], self.run.config)
         if self.run.world.is_main:
             write_config(self.run.folder, self.run.config)
         self.state.load(saved["state"])
         self.step, self.clock = saved["step"], Clock(saved["seconds"])
-        self.run.log.note(f"resumed after step {self.step}, {saved['seconds']:.1f} s into training")
+        damage = "".join(f"; not from {problem}" for problem in problems)
+        self.run.log.note(f"resumed from {path.name} after step {self.step}, {saved['seconds']:.1f} s into training{damage}")
         return bool(saved["finished"])
 
     def keep_last_good_state(self) -> None:
         """After a divergence: keeps the checkpoint on disk; without one, saves the weights if they are finite."""
-        path = self.run.folder / "checkpoint.pt"
+        path = self.run.folder / CHECKPOINT_FILES[0]
         finite = all(bool(parameter.isfinite().all()) for parameter in self.state.model.parameters())
         if self.run.world.from_main(not path.exists()) and finite:
             write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
@@ -4960,12 +5020,22 @@ class Evaluator:
         """Scores windows without adapters."""
         length = self.window
         batch = max(min(self.config.val_batch_size // (length * self.world.size), len(windows)), 1)
-        for index in range(0, len(windows), batch):
-            some = windows[index : index + batch]
+        while len(windows):
+            some = windows[:batch]
             rows = np.arange(batch if self.config.compile else len(some)) % len(some)  # filled up with repeats, so that one compiled shape serves all
-            _, scores = self.nats(self.read(some[rows], length))
+            try:
+                scores = self.nats(self.read(some[rows], length))[1]
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                scores = None  # what the failed pass holds is freed only after this clause
+            if scores is None:
+                batch = -(-batch // 2)
+                self.log.note(f"out of memory: {self.name} evaluation goes on with {batch} windows at a time; set VAL_BATCH_SIZE lower")
+                continue
             self.write(some, scores)
             self.note_progress(len(some) * length)
+            windows = windows[batch:]
 
     def documents(self, stretch: Stretch) -> np.ndarray:
         """Returns the (first input, end) of the documents of a stretch: (D, 2)."""
@@ -5299,13 +5369,24 @@ def plan_text(planned: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def is_locked(path: Path) -> bool:
+    """Returns whether another process has this file open as the log of its run."""
+    try:
+        with open(path, "ab") as file:
+            return not try_lock(file)
+    except FileNotFoundError:
+        return False
+
+
 def open_folder(config: Config, world: World, source: str) -> Path:
     """Returns the run folder, made (or, with RESUME, found) by rank 0. Raises ValueError on every rank when it cannot be used."""
     folder = Path(config.runs_dir) / config.run_id
     problem = ""
     if world.is_main:
         try:
-            if config.resume and not (folder / "config.env").is_file():
+            if config.resume and is_locked(folder / "run.jsonl"):
+                problem = f"RUN_ID={config.run_id}: another process is working on it; wait for it or stop it, or choose another RUN_ID"
+            elif config.resume and not (folder / "config.env").is_file():
                 problem = f"RESUME=1: there is no run {folder}; start it without RESUME"
             elif not config.resume and folder.exists():
                 problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
@@ -5340,7 +5421,7 @@ def stage_inputs(config: Config) -> tuple[Config, dict[str, Any] | None, bytes]:
     """Returns what the first stage reads, where that is not data: the checkpoint to export, the artifact to score; and `config` with its model settings."""
     stages, checkpoint, artifact = config.stage_list, None, b""
     if "train" not in stages and "export" in stages:
-        checkpoint = read_checkpoint(Path(config.checkpoint or Path(config.runs_dir) / config.run_id / "checkpoint.pt"))
+        checkpoint = read_checkpoint(Path(config.checkpoint or Path(config.runs_dir) / config.run_id / CHECKPOINT_FILES[0]))
         config = with_model_settings(config, checkpoint["settings"])
     if stages == ["eval"]:
         artifact = Path(config.artifact).read_bytes()
@@ -5427,7 +5508,8 @@ def result_event(
     return {
         "run_id": config.run_id, "preset": config.preset, "seed": config.seed, "world_size": world.size, "device": world.device.type,
         "torch": torch.__version__, "params": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": trained.steps if trained else None, "train_seconds": trained.seconds if trained else None,
+        "steps": trained.steps if trained else None, "skipped_steps": trained.skipped if trained else None,
+        "train_seconds": trained.seconds if trained else None,
         "eval_seconds": sum(score.seconds for score in scores.values()) if scores else None,
         "step_ms": 1000 * step_seconds if step_seconds else None,
         "tokens_per_second": trained.tokens / trained.seconds if trained and trained.seconds else None,
@@ -5478,11 +5560,15 @@ def main(arguments: Sequence[str]) -> int:
         return code
     except (ValueError, OSError) as error:
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except SystemExit as stop:  # a signal
+        code = int(stop.code or 0)
     except Exception:
         print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+        code = 1
     if "RANK" in os.environ:
-        os._exit(1)  # other ranks may wait for this one: leave at once, without the clean-up that would wait for them
-    return 1
+        os._exit(code)  # other ranks may wait for this one: leave at once, without the clean-up that would wait for them
+    return code
 
 
 if __name__ == "__main__":

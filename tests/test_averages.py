@@ -338,7 +338,7 @@ def test_a_run_that_died_goes_on_with_its_averages_as_if_nothing_had_happened(
     counts = {name: entry["count"] for name, entry in halfway["state"]["averages"].items()}
     assert counts == {"ExponentialAverage": 4, "LatestAverage": 1, "TightAverage": 3}
     resumed = run_here(tmp_path / "died", **settings, RESUME=1)
-    assert resumed.code == 0 and "resumed after step 4" in resumed.output, resumed.errors
+    assert resumed.code == 0 and "resumed from checkpoint.pt after step 4," in resumed.output, resumed.errors
     whole, died = (checkpoint_of(tmp_path / name) for name in ("whole", "died"))
     assert whole["step"] == died["step"] == 8
     torch.testing.assert_close(died["state"], whole["state"], rtol=0, atol=0)

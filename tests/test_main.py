@@ -21,7 +21,8 @@ Start = Callable[..., train_gpt.Config]
 RunHere = Callable[..., Ended]
 
 RESULT_KEYS = [
-    *("run_id", "preset", "seed", "world_size", "device", "torch", "params", "steps", "train_seconds", "eval_seconds", "step_ms"),
+    *("run_id", "preset", "seed", "world_size", "device", "torch", "params", "steps", "skipped_steps", "train_seconds"),
+    *("eval_seconds", "step_ms"),
     *("tokens_per_second", "val_loss", "val_bpb", "pre_quant_val_bpb", "quant_val_bpb", "adapted_frac", "scores"),
     *("bytes_model", "bytes_code", "bytes_total", "bytes_cap"),
 ]

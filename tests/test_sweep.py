@@ -673,6 +673,6 @@ def test_the_real_script_stopped_and_gone_on(
     for number, row in found.items():
         result = json.loads((tmp_path / "lr" / f"trial-{number:04d}-seed-5" / "result.json").read_text())
         assert row["score"] == result["val_bpb"] and row["steps"] == 150 and row["bytes_total"] == result["bytes_total"] and result["seed"] == 5
-    assert "resumed after step" in (place / "log.txt").read_text()
+    assert "resumed from checkpoint.pt after step" in (place / "log.txt").read_text()
     assert "MATRIX_LR=0.02" in (place / "config.env").read_text()
     assert optuna.load_study(study_name="lr", storage=f"sqlite:///{tmp_path}/lr/study.db").best_value == min(row["score"] for row in found.values())

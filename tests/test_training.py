@@ -338,7 +338,7 @@ def plant_nan(monkeypatch: pytest.MonkeyPatch, at_step: int, on_the_way: Callabl
 def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     checkpoint, seen = tmp_path / "runs" / "run" / "checkpoint.pt", []
     plant_nan(monkeypatch, at_step, lambda: seen.append(checkpoint.read_bytes()))
-    ended = run_here(tmp_path, WARMUP_STEPS=0, CHECKPOINT_EVERY=2)
+    ended = run_here(tmp_path, WARMUP_STEPS=0, CHECKPOINT_EVERY=2, MAX_SKIPPED_STEPS=0)
     assert ended.code == 1
     assert f"error: step {at_step}: loss nan" in ended.errors and "Traceback" not in ended.errors
     assert checkpoint.read_bytes() == seen[0]
@@ -350,7 +350,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(run_here: RunHer
 def test_a_nan_loss_before_any_checkpoint_saves_weights_to_go_on_from(run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     with monkeypatch.context() as patched:
         plant_nan(patched, at_step)
-        ended = run_here(tmp_path, WARMUP_STEPS=0)
+        ended = run_here(tmp_path, WARMUP_STEPS=0, MAX_SKIPPED_STEPS=0)
     assert ended.code == 1 and f"step {at_step}: loss nan" in ended.errors
     saved = train_gpt.read_checkpoint(tmp_path / "runs" / "run" / "checkpoint.pt")
     assert not saved["finished"]
@@ -424,7 +424,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         assert saved["step"] > 3, "a checkpoint of the step that was running"
     resumed = run_here(tmp_path, *command, f"SCORES_FILE={scores}")
     assert resumed.code == 0, resumed.errors
-    assert f"resumed after step {saved['step']}" in resumed.output
+    assert f"resumed from checkpoint.pt after step {saved['step']}," in resumed.output
     assert_same_checkpoint(train_gpt.read_checkpoint(folder / "checkpoint.pt"), reference.checkpoint())
     assert scores_of(Finished(folder, scores, resumed.output)) == scores_of(reference)
     assert scores.read_bytes() == reference.scores.read_bytes()
@@ -545,7 +545,7 @@ def test_a_run_stopped_before_or_after_its_grids_are_frozen_goes_on_bit_for_bit(
     settings = {**FROZEN_RUN, **FROZEN[scheme], "WARMUP_STEPS": 0, "CHECKPOINT_EVERY": at_step}
     with monkeypatch.context() as patched:
         plant_nan(patched, at_step + 1, lambda: None)
-        assert run_here(tmp_path, **settings).code == 1
+        assert run_here(tmp_path, **settings, MAX_SKIPPED_STEPS=0).code == 1
     checkpoint = tmp_path / "runs" / "run" / "checkpoint.pt"
     halfway = train_gpt.read_checkpoint(checkpoint)
     assert halfway["step"] == at_step and any((grid != 1).any() for name, grid in halfway["state"]["grids"].items() if name.endswith("row_step")) == frozen
