@@ -1,22 +1,30 @@
-"""Turns run folders into one self-contained HTML page and PNG plots.
+"""Turns run folders, or the records of the public challenge, into one self-contained HTML page and PNG plots.
 
     python records/report.py runs/first [runs/second ...] [--output DIR]
+    python records/report.py --import CHECKOUT [--output DIR]      the public records and ours: page, plots, records.csv, records.json
+    python records/report.py --table                               writes the table of our records in records/README.md again
 
 Reads `run.jsonl` of each folder (never the prose of `log.txt`) and writes `report.html` and the plots to `--output`, by default the folder
-`report` inside the first run. The page needs no script, no network and no other file. Exit code 0: every folder is reported; 1: some are, and
-the page says which are not; 2: none is.
+`report` inside the first run. Several runs are compared: scores against bytes and seconds, and, where their settings differ, what each difference
+did to the score. CHECKOUT is a copy of the challenge's repository; `leaderboard.py` reads it, by default into `runs/leaderboard`. A page needs no
+script, no network and no other file.
+
+Exit code 0: every folder is reported; 1: some are, and the page says which are not; 2: none is.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import io
 import json
 import math
+import os
+import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from html import escape
@@ -325,9 +333,13 @@ def comparison_notices(runs: Sequence[Run]) -> list[str]:
     notices = score_obstacles(runs)
     if any(differ(setting(run, name) for run in runs) for name in ("TOKENIZER_PATH", "VOCAB_SIZE")):
         notices.append("The runs differ in their tokenizer: losses in nats per token are not comparable between them, bits per byte are.")
-    if any(differ(machine) for machine in ([hardware(run, key) for run in runs] for key in ("device", "world_size"))):
+    if mixed_hardware(runs):
         notices.append("The runs differ in hardware: times and throughput are not comparable between them.")
     return notices
+
+
+def mixed_hardware(runs: Sequence[Run]) -> bool:
+    return any(differ(hardware(run, key) for run in runs) for key in ("device", "world_size"))
 
 
 def differ(values: Iterable[str]) -> bool:
@@ -338,6 +350,76 @@ def hardware(run: Run, key: str) -> str:
     """Returns the result's word on where the run ran, or else that of the environment event."""
     final = text(run.result, key)
     return text(run.env, key) if final == ABSENT else final
+
+
+class Difference(NamedTuple):
+    """What a change did: scores with it less scores without it, in bits per byte, one for each seed that was run both ways."""
+
+    label: str
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; NaN with one seed."""
+        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else math.nan
+
+    @property
+    def words(self) -> str:
+        return f"{self.mean:+.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
+
+
+# These say which run it is, where it lies and what is written about it; runs that differ in nothing else repeat one configuration.
+BOOKKEEPING = frozenset(
+    "SEED RUN_ID RUNS_DIR STAGES RESUME CHECKPOINT ARTIFACT CHECKPOINT_EVERY TRAIN_LOG_EVERY VAL_LOSS_EVERY SCORES_FILE DOCUMENTS_FILE AUDIT "
+    "AUDIT_TOKENS IGNORE_ENV".split()
+)
+
+
+def configurations(runs: Sequence[Run]) -> list[list[Run]]:
+    """Returns the runs that have a score, grouped by their settings, in the order in which each configuration first appears."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if not math.isnan(run.final_bpb):
+            known = {name: value for name, value in run.settings.items() if name not in BOOKKEEPING}
+            groups.setdefault(json.dumps(known, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def differences(runs: Sequence[Run]) -> tuple[str, list[Difference]]:
+    """Returns what the first configuration is called, and how every other one differs from it in the seeds that both have."""
+    groups = configurations(runs)
+    if len(groups) < 2 or score_obstacles(runs):
+        return "", []
+    base, scores = groups[0][0], scores_by_seed(groups[0])
+    found = []
+    for group in groups[1:]:
+        values = [score - scores[seed] for seed, score in scores_by_seed(group).items() if seed in scores]
+        if values:
+            found.append(Difference(described(group[0], [base, group[0]]), values))
+    return described(base, [group[0] for group in groups]), found
+
+
+def described(run: Run, runs: Sequence[Run]) -> str:
+    """Returns the values that `run` has of the settings in which `runs` differ; the preset first, for it says more than any setting that it changes."""
+    names = sorted({name for each in runs for name in each.settings} - BOOKKEEPING, key=lambda name: (name != "PRESET", name))
+    return listing((f"{name}={setting(run, name)}" for name in names if differ(setting(each, name) for each in runs)), most=3)
+
+
+def scores_by_seed(runs: Sequence[Run]) -> dict[str, float]:
+    """Returns the mean final score of each seed."""
+    scores: dict[str, list[float]] = {}
+    for run in runs:
+        scores.setdefault(seed_of(run), []).append(run.final_bpb)
+    return {seed: statistics.fmean(values) for seed, values in scores.items()}
+
+
+def seed_of(run: Run) -> str:
+    """Returns the result's word on the seed, or else the setting."""
+    return text(run.result, "seed") if run.result else setting(run, "SEED")
 
 
 def best_bpb(runs: Sequence[Run]) -> float:
@@ -542,7 +624,8 @@ def draw_sizes(runs: Sequence[Run]) -> Figure | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: count(size)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlabel("bytes")
-    mark_caps(axes, [run for _, run in sized])
+    largest = max(run.size("bytes_total") for _, run in sized)
+    axes.set_xlim(0, max(1.3 * largest, *(1.06 * cap for cap in mark_caps(axes, largest, [run.size("bytes_cap") for _, run in sized])), 1.0))
     for index, run in sized:
         axes.barh(0, 0, color=colour(index), label=plot_text(run.label))
     add_legend(figure)
@@ -570,20 +653,129 @@ def size_bars(run: Run, index: int, names: Sequence[str]) -> list[Bar]:
     return bars
 
 
-def mark_caps(axes: Axes, runs: Sequence[Run]) -> None:
-    """Draws the cap of every run as a line, or says where it is when the runs use so little of it that the bars could not be read."""
-    largest = max(run.size("bytes_total") for run in runs)
-    caps = sorted({run.size("bytes_cap") for run in runs if not math.isnan(run.size("bytes_cap"))})
-    visible = [cap for cap in caps if largest >= SMALL_CAP_FRAC * cap]
+def mark_caps(axes: Axes, largest: float, caps: Iterable[float]) -> list[float]:
+    """Returns the caps drawn as lines; of the others, so far above `largest` that the rest could not be read, it says in words where they are."""
+    known = sorted({cap for cap in caps if not math.isnan(cap)})
+    visible = [cap for cap in known if largest >= SMALL_CAP_FRAC * cap]
     for cap in visible:
-        axes.axvline(cap, color=CAP_COLOUR, linewidth=1.3, linestyle=(0, (4, 2)))
-        axes.annotate(f"cap {count(cap)}", (cap, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-                      ha="center", va="bottom", color=CAP_COLOUR, fontsize=9)  # fmt: skip
-    for cap in (cap for cap in caps if cap not in visible):
+        mark_limit(axes, cap, f"cap {count(cap)}")
+    for cap in (cap for cap in known if cap not in visible):
         words = f"{largest / cap:.1%} of the cap of {count(cap)} bytes, which is far to the right  →"
         axes.annotate(words, (1, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points",
                       ha="right", va="bottom", color=CAP_COLOUR, fontsize=9)  # fmt: skip
-    axes.set_xlim(0, max(1.3 * largest, *(1.06 * cap for cap in visible), 1.0))
+    return visible
+
+
+def mark_limit(axes: Axes, x: float, words: str) -> None:
+    """Draws a vertical line that nothing may be to the right of."""
+    axes.axvline(x, color=CAP_COLOUR, linewidth=1.3, linestyle=(0, (4, 2)))
+    axes.annotate(words, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+                  ha="center", va="bottom", color=CAP_COLOUR, fontsize=9)  # fmt: skip
+
+
+class Point(NamedTuple):
+    """A score and what it took."""
+
+    x: float
+    score: float  # bits per byte
+    label: str
+    colour: str
+    ranked: bool = True  # may lie on the frontier; drawn hollow where not
+
+
+def frontier(points: Iterable[Point]) -> list[Point]:
+    """Returns the ranked points that no other one matches in score with as little, from the least x to the best score."""
+    kept: list[Point] = []
+    for point in sorted(point for point in points if point.ranked):
+        if not kept or point.score < kept[-1].score:
+            kept.append(point)
+    return kept
+
+
+def draw_frontier(points: Sequence[Point], label: str) -> Figure | None:
+    """Returns scores against what they took, and the step line of the best score that each x allows; None for fewer than two points."""
+    points = [point for point in points if not math.isnan(point.x) and not math.isnan(point.score)]
+    if len(points) < 2:
+        return None
+    figure = Figure(figsize=PLOT_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    for point in points:
+        axes.plot(point.x, point.score, "o", color=point.colour, markerfacecolor=point.colour if point.ranked else "white", markersize=6, zorder=3)
+    best = frontier(points)
+    if best:
+        x = [*(point.x for point in best), max(point.x for point in points if point.ranked)]
+        axes.plot(x, [*(point.score for point in best), best[-1].score], drawstyle="steps-post", color="#5c6670", linewidth=1.2)
+    axes.margins(x=0.08, y=0.12)
+    axes.set_ylabel("bits per byte")
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    return figure
+
+
+def label_points(figure: Figure, points: Iterable[Point]) -> None:
+    """Writes each point's label beside it, the first points first, where there is room; call it when nothing else moves any more."""
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    taken = [marker.get_window_extent().padded(-1) for marker in axes.lines if marker.get_marker() == "o"]
+    for point in points:
+        for right, up in ((7, 6), (7, -6), (-7, 6), (-7, -6), (0, 13), (0, -13)):
+            words = axes.annotate(
+                plot_text(point.label), (point.x, point.score), xytext=(right, up), textcoords="offset points", fontsize=8.5, color=point.colour,
+                ha="left" if right > 0 else "right" if right < 0 else "center", va="center", annotation_clip=True, in_layout=False,
+            )  # fmt: skip
+            box = words.get_window_extent()
+            if frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            words.remove()
+
+
+def draw_run_frontier(runs: Sequence[Run], x_of: Callable[[Run], float], label: str, caps: Sequence[float] = ()) -> Figure | None:
+    """Returns the runs' final scores against one of their numbers, with its caps; None where they cannot be compared."""
+    if score_obstacles(runs):
+        return None
+    points = [Point(x_of(run), run.final_bpb, run.label, colour(index), not run.over_cap) for index, run in enumerate(runs)]
+    figure = draw_frontier(points, label)
+    if figure:
+        axes = figure.axes[0]
+        drawn = mark_caps(axes, max(point.x for point in points if not math.isnan(point.x)), caps)
+        axes.set_xlim(right=max(axes.get_xlim()[1], *(1.01 * cap for cap in drawn), 0.0))
+        label_points(figure, dict.fromkeys([*frontier(points), *sorted(points, key=lambda point: point.score)]))
+    return figure
+
+
+def draw_against_bytes(runs: Sequence[Run]) -> Figure | None:
+    return draw_run_frontier(runs, lambda run: run.size("bytes_total"), "bytes of code and weights", [run.size("bytes_cap") for run in runs])
+
+
+def draw_against_seconds(runs: Sequence[Run], key: str, label: str) -> Figure | None:
+    """Returns scores against seconds of the result, None where they were measured on different hardware."""
+    return None if mixed_hardware(runs) else draw_run_frontier(runs, lambda run: number(run.result, key), label)
+
+
+def draw_differences(base: str, found: Sequence[Difference]) -> Figure | None:
+    """Returns what each change did to the score as bars with their standard error; None for no change."""
+    if not found:
+        return None
+    figure = Figure(figsize=(PLOT_INCHES[0], 1.2 + 0.36 * len(found)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, difference in enumerate(found):
+        single = len(difference.values) == 1
+        axes.barh(place, difference.mean, height=0.62, color="#c9ced4" if single else COLOURS[0], alpha=0.9)
+        if not single:
+            axes.errorbar(difference.mean, place, xerr=difference.error, color="#23282d", capsize=4, linewidth=1.3)
+        axes.plot(difference.values, [place] * len(difference.values), "o", color="#23282d", markersize=3)
+        words = f"{difference.words}   n = {len(difference.values)}"
+        axes.annotate(words, (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.set_yticks(range(len(found)), [plot_text(difference.label, 60) for difference in found])
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.axvline(0, color="#23282d", linewidth=0.9)
+    axes.margins(x=0.1)
+    axes.set_xlabel(f"bits per byte against {plot_text(base, 80)}; less is better")
+    return figure
 
 
 def png(figure: Figure) -> bytes:
@@ -616,12 +808,34 @@ PLOTS = (
     Plot("throughput.png", "Throughput", "Tokens per second at each logged step, and their running mean.", draw_throughput),
     Plot("bytes_by_role.png", "Bytes against the cap", SIZES_CAPTION, draw_sizes),
 )
+FRONTIER_CAPTION = (
+    "Final score of each run. The line is the best score that as much allows; hollow runs are over the byte cap and not on it. "
+    "A label that would cover another is left out."
+)
+DIFFERENCES_CAPTION = (
+    "The final score of each configuration less that of the first run's, over the seeds that both have: mean, its standard error, and a dot for each seed. "
+    "Grey: one seed, whose spread is unknown."
+)
+# Of several runs, and left out where nothing can be compared: the page says why.
+COMPARISON_PLOTS = (
+    Plot("differences.png", "What the settings changed", DIFFERENCES_CAPTION, lambda runs: draw_differences(*differences(runs))),
+    Plot("score_against_bytes.png", "Score against bytes", FRONTIER_CAPTION, draw_against_bytes),
+    Plot("score_against_training.png", "Score against training time", FRONTIER_CAPTION,
+         lambda runs: draw_against_seconds(runs, "train_seconds", "seconds of training")),
+    Plot("score_against_evaluation.png", "Score against evaluation time", FRONTIER_CAPTION,
+         lambda runs: draw_against_seconds(runs, "eval_seconds", "seconds of evaluation")),
+)  # fmt: skip
 
 
 def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
     """Returns file name to PNG for every plot that has data."""
+    return pngs({plot.file: functools.partial(plot.draw, runs) for plot in (*COMPARISON_PLOTS, *PLOTS)})
+
+
+def pngs(drawings: Mapping[str, Callable[[], Figure | None]]) -> dict[str, bytes]:
+    """Returns file name to PNG for every drawing that has data."""
     with matplotlib.rc_context(PLOT_STYLE):
-        figures = {plot.file: plot.draw(runs) for plot in PLOTS}
+        figures = {file: draw() for file, draw in drawings.items()}
         return {file: png(figure) for file, figure in figures.items() if figure}
 
 
@@ -630,15 +844,20 @@ def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
 # Functions whose name ends in `_html` return markup; everything that comes from a file is escaped where it enters one.
 
 PAGE_STYLE = """
-:root { color-scheme: light; --ink: #23282d; --soft: #5c6670; --line: #e1e5e9; --wash: #f6f7f9; }
+:root { color-scheme: light dark; --ink: #23282d; --soft: #5c6670; --line: #e1e5e9; --rule: #b9c0c7; --wash: #f6f7f9; --paper: #fff;
+        --warn: #fff8e6; --link: #1f5fa8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e6e9; --soft: #a3abb3; --line: #343a41; --rule: #59626b; --wash: #23282d; --paper: #181b1f; --warn: #33290f; --link: #8ab8ec; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: var(--paper);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
+a { color: var(--link); }
 h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; overflow-wrap: anywhere; }
 h2 { margin: 2.6rem 0 0.7rem; font-size: 1.2rem; }
 p.stamp, figcaption { color: var(--soft); font-size: 0.88rem; }
 p.stamp { margin: 0.3rem 0 1.4rem; }
-.notices { margin: 1.2rem 0; padding: 0.75rem 1rem; border-left: 4px solid #d9910a; background: #fff8e6; border-radius: 0 4px 4px 0; }
+.notices { margin: 1.2rem 0; padding: 0.75rem 1rem; border-left: 4px solid #d9910a; background: var(--warn); border-radius: 0 4px 4px 0; }
 .notices p { margin: 0.2rem 0; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 0.8rem; margin: 1.4rem 0; }
 .card { padding: 0.9rem 1.1rem; background: var(--wash); border-radius: 8px; }
@@ -651,12 +870,12 @@ th, td { padding: 0.3rem 0.9rem; border-bottom: 1px solid var(--line); text-alig
 th { font-weight: 600; }
 th:first-child, td:first-child { padding-left: 0.2rem; text-align: left; }
 tbody th { font-weight: 400; white-space: nowrap; }
-tbody td { overflow-wrap: anywhere; }
-thead th { border-bottom: 2px solid #b9c0c7; vertical-align: bottom; overflow-wrap: anywhere; }
+tbody td { min-width: 6.5rem; overflow-wrap: anywhere; }
+thead th { border-bottom: 2px solid var(--rule); vertical-align: bottom; overflow-wrap: anywhere; }
 tr.group th { padding-top: 1.1rem; color: var(--soft); font-size: 0.78rem; font-weight: 600; letter-spacing: 0.06em; text-transform: uppercase; }
 td.best { font-weight: 700; }
 td.best::after { content: " ★"; color: #d9910a; }
-.groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); column-gap: 2.5rem; }
+.groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); column-gap: 2.5rem; }
 .groups table { width: 100%; }
 .dot { display: inline-block; width: 0.7em; height: 0.7em; margin-right: 0.45em; border-radius: 50%; }
 figure { margin: 0; }
@@ -764,7 +983,7 @@ def result_groups(runs: Sequence[Run]) -> dict[str, list[Row]]:
         "Origin": [
             Row("data (DATA_PATH)", lambda run: setting(run, "DATA_PATH")),
             Row("preset", lambda run: text(run.result or run.config, "preset")),
-            Row("seed", lambda run: text(run.result, "seed") if run.result else setting(run, "SEED")),
+            Row("seed", seed_of),
             Row("device", lambda run: hardware(run, "device")),
             Row("ranks", lambda run: hardware(run, "world_size")),
             Row("torch", lambda run: hardware(run, "torch")),
@@ -856,6 +1075,16 @@ def settings_html(runs: Sequence[Run]) -> str:
     return f"{visible}<details><summary>All {len(names)} settings</summary>{table_html(head, rows.values())}</details>"
 
 
+def differences_html(runs: Sequence[Run]) -> str:
+    """Returns the exact numbers behind the plot of differences."""
+    base, found = differences(runs)
+    if not found:
+        return ""
+    rows = [row_html(each.label, [f"{each.mean:+.6f}", decimals(each.error, 6), str(len(each.values))]) for each in found]
+    head = "<tr><th>configuration</th><th>difference (bpb)</th><th>standard error</th><th>seeds</th></tr>"
+    return f"<details><summary>Exact differences to {escape(base)}</summary>{table_html(head, rows)}</details>"
+
+
 def notices_html(notices: Iterable[str]) -> str:
     lines = "".join(f"<p>{escape(notice)}</p>" for notice in notices)
     return f'<div class="notices" role="note">{lines}</div>' if lines else ""
@@ -865,34 +1094,44 @@ def plot_html(plot: Plot, images: dict[str, bytes]) -> str:
     """Returns the section of one plot, with the image inside the page."""
     if plot.file not in images:
         return f"<h2>{plot.title}</h2><p>Nothing was logged for this plot.</p>"
-    data = base64.b64encode(images[plot.file]).decode("ascii")
-    return f'<h2>{plot.title}</h2><figure><img alt="{plot.title}" src="data:image/png;base64,{data}"><figcaption>{plot.caption}</figcaption></figure>'
+    return figure_html(plot.title, plot.caption, images[plot.file])
+
+
+def figure_html(title: str, caption: str, image: bytes) -> str:
+    """Returns a section with a PNG that is inside the page."""
+    data = base64.b64encode(image).decode("ascii")
+    return f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
 
 def page_html(runs: Sequence[Run], images: dict[str, bytes], unread: Sequence[str]) -> str:
     """Returns the whole page; `unread` are the reasons why other folders are not in it."""
     title = f"Run report: {runs[0].label}" if len(runs) == 1 else f"Run report: {len(runs)} runs compared"
-    generated = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
     several = len(runs) > 1
     notices = [f"Not reported: {one_line(reason)}." for reason in unread]
     notices += comparison_notices(runs)
     notices += [f"{run.label}: {notice}" if several else notice for run in runs for notice in run.notices]
     body = (
-        f'<h1>{escape(title)}</h1><p class="stamp">Generated {generated}</p>',
         notices_html(notices),
         "" if several else cards_html(runs[0]),
         "<h2>Results</h2>",
         results_html(runs),
+        *(plot_html(plot, images) for plot in COMPARISON_PLOTS if plot.file in images),
         *(plot_html(plot, images) for plot in PLOTS),
+        differences_html(runs),
         roles_html(runs),
         settings_html(runs),
-        f"<footer>Made by records/report.py from {escape(listing(str(run.folder / 'run.jsonl') for run in runs))}.</footer>",
     )
+    return document_html(title, body, f"records/report.py from {listing(str(run.folder / 'run.jsonl') for run in runs)}")
+
+
+def document_html(title: str, body: Iterable[str], made_by: str, style: str = "") -> str:
+    """Returns a page with its headline, time and footer around `body`."""
+    generated = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{PAGE_POLICY}"><title>{escape(title)}</title><style>{PAGE_STYLE}</style>'
+        f'<meta http-equiv="Content-Security-Policy" content="{PAGE_POLICY}"><title>{escape(title)}</title><style>{PAGE_STYLE}{style}</style>'
     )
-    lines = "\n".join(body)
+    lines = "\n".join((f'<h1>{escape(title)}</h1><p class="stamp">Generated {generated}</p>', *body, f"<footer>Made by {escape(made_by)}.</footer>"))
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{lines}\n</body>\n</html>\n'
 
 
@@ -919,34 +1158,63 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 def write_report(runs: Sequence[Run], unread: Sequence[str], output: Path) -> list[Path]:
     """Returns the files written to `output`. Removes a plot that an earlier report left there and this one does not have. Raises OSError."""
     images = draw_all(runs)
+    page = page_html(runs, images, unread).encode("utf-8")
+    return write_files(output, {"report.html": page, **images}, [plot.file for plot in (*PLOTS, *COMPARISON_PLOTS)])
+
+
+def write_files(output: Path, files: Mapping[str, bytes], known: Iterable[str]) -> list[Path]:
+    """Returns the paths of `files`, written to `output`. Removes those `known` files that an earlier call left and this one lacks. Raises OSError."""
     output.mkdir(parents=True, exist_ok=True)
-    for plot in PLOTS:
-        if plot.file in images:
-            (output / plot.file).write_bytes(images[plot.file])
-        else:
-            (output / plot.file).unlink(missing_ok=True)
-    page = output / "report.html"
-    page.write_text(page_html(runs, images, unread), encoding="utf-8")
-    return [page, *(output / file for file in images)]
+    for file in known:
+        if file not in files:
+            (output / file).unlink(missing_ok=True)
+    for file, content in files.items():
+        write_file(output / file, content)
+    return [output / file for file in files]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes the file as a whole or not at all. Raises OSError."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code, after writing the report and printing its files."""
-    parser = argparse.ArgumentParser(description="Turn run folders into one HTML page and PNG plots.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="a folder runs/<RUN_ID> that holds run.jsonl")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: the folder report inside the first run)")
+    """Returns the exit code, after writing what was asked for and printing its files."""
+    parser = argparse.ArgumentParser(description="Turn run folders, or the records of the public challenge, into one HTML page and PNG plots.")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_FOLDER", help="a folder runs/<RUN_ID> that holds run.jsonl")
+    parser.add_argument("--import", type=Path, metavar="CHECKOUT", dest="checkout", help="a copy of the challenge's repository: its records and ours")
+    parser.add_argument("--table", action="store_true", help="write the table of our records in records/README.md again")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: the folder report inside the first run; runs/leaderboard)")
     options = parser.parse_args(arguments)
-    runs, unread = read_runs(options.folders)
+    if [bool(options.folders), options.checkout is not None, options.table].count(True) != 1:
+        parser.error("give run folders, or --import CHECKOUT, or --table")
+    if options.table and options.output:
+        parser.error("--output: --table writes records/README.md")
+    try:
+        if options.folders:
+            return report_runs(options.folders, options.output)
+        import leaderboard  # it builds on this module
+
+        return leaderboard.write_table() if options.table else leaderboard.import_records(options.checkout, options.output or Path("runs/leaderboard"))
+    except OSError as error:
+        print(f"report.py: cannot write: {error}", file=sys.stderr)
+        return 2
+
+
+def report_runs(folders: Sequence[Path], output: Path | None) -> int:
+    """Returns the exit code, after reporting every run that can be read. Raises OSError."""
+    runs, unread = read_runs(folders)
     for reason in unread:
         print(f"report.py: {one_line(reason)}", file=sys.stderr)
     if not runs:
         return 2
-    try:
-        for path in write_report(runs, unread, options.output or runs[0].folder / "report"):
-            print(path)
-    except OSError as error:
-        print(f"report.py: cannot write the report: {error}", file=sys.stderr)
-        return 2
+    for path in write_report(runs, unread, output or runs[0].folder / "report"):
+        print(path)
     return 1 if unread else 0
 
 
