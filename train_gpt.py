@@ -319,7 +319,7 @@ class Config:
     )
     eval_seq_len: int = setting(0, "context of an evaluation in tokens; 0 = TRAIN_SEQ_LEN", low=0)
     eval_stride: int = setting(64, "targets scored per window, where a document is longer than a window", low=1)
-    eval_seconds: float = setting(0.0, "adaptation ends in time for the evaluation to take no longer than this; 0 = no limit", low=0)
+    eval_seconds: float = setting(0.0, "adaptation ends in time for all evaluations of the artifact to take no longer than this; 0 = no limit", low=0)
     eval_softcap: float = setting(0.0, "LOGIT_SOFTCAP of evaluations; 0 = the model's", low=0)
     eval_softcap_negative: float = setting(0.0, "LOGIT_SOFTCAP_NEGATIVE of evaluations; 0 = the model's", low=0)
     tilt_boost: float = setting(0.0, "token tilt: nats by which a hinted token is raised; 0 = off", low=0, high=20)
@@ -1005,7 +1005,7 @@ def export_line(e: Mapping[str, Any]) -> str:
     rows = [f"  {role['role']:<8} {role['params']:>12,} weights {role['bytes']:>12,} bytes {role['bits_per_weight']:>8.3f} bits/weight" for role in e["roles"]]
     over = e["bytes_total"] > e["bytes_cap"]
     verdict = f"over BYTES_CAP={e['bytes_cap']:,} by {e['bytes_total'] - e['bytes_cap']:,}" if over else f"within {e['bytes_cap']:,}"
-    total = f"artifact {e['bytes_model']:,} + code {e['bytes_code']:,} = {e['bytes_total']:,} bytes, {verdict}"
+    total = f"Total submission size: artifact {e['bytes_model']:,} + code {e['bytes_code']:,} = {e['bytes_total']:,} bytes, {verdict}"
     cost = f"quantised by {e['scheme']}: KL {e['kl']:.6f}, loss {e['loss_change']:+.5f} nats per token on held-out training text" if "kl" in e else ""
     return "\n".join([*rows, *[cost] * bool(cost), f"\033[31m{total}\033[0m" if over else total])
 
@@ -3937,6 +3937,8 @@ class Trainer:
         self.report()
         synchronise(world)
         self.clock.pause()
+        if late and self.step < config.iterations:
+            self.run.log.note(f"stopping_early: wallclock_cap after step {self.step} of {config.iterations}")
         return late or self.step == config.iterations
 
     def moment(self) -> Moment:
@@ -4696,7 +4698,9 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     sizes = {
         "bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap, "bytes_predicted": predicted,
     }  # fmt: skip
-    event = {**sizes, "scheme": scheme, "coder": config.coder, **costs, "roles": packed.table, "seconds": time.perf_counter() - began}
+    digest = hashlib.sha256(packed.data).hexdigest()
+    made = {"artifact_sha256": digest, "scheme": scheme, "coder": config.coder, "roles": packed.table, "seconds": time.perf_counter() - began}
+    event = {**sizes, **costs, **made}
     run.log.event("export", **event)
     return event
 
@@ -4906,10 +4910,13 @@ class Evaluator:
     global SGD, of gradients summed in another order. Exception: TTT_LORA_WARM_A with ranks that do not divide STREAMS.
     """
 
-    def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, plain_seconds: float = 0.0) -> None:
-        """`forward` is that of `model`, perhaps compiled. `plain_seconds` per input read tells when adaptation must end to meet EVAL_SECONDS."""
+    def __init__(
+        self, run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, plain_seconds: float = 0.0, spent: float = 0.0
+    ) -> None:
+        """`forward` is that of `model`, perhaps compiled. `plain_seconds` per input read without adaptation, and the seconds `spent` on evaluations before,
+        tell when adaptation must end to meet EVAL_SECONDS."""
         self.log, self.config, self.world, self.model, self.forward = run.log, run.config, run.world, model, forward
-        self.val, self.name, self.phase, self.plain_seconds = val, name, phase, plain_seconds
+        self.val, self.name, self.phase, self.plain_seconds, self.spent_seconds = val, name, phase, plain_seconds, spent
         self.inputs, self.window = len(val.tokens) - 1, run.config.window
         self.bounds = DocumentBounds(run.config)
         self.stride = self.window if name == "chunked" else run.config.eval_stride
@@ -5009,7 +5016,7 @@ class Evaluator:
 
     def has_time(self, cost: float, reads_left: float) -> bool:
         """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
-        seconds = time.perf_counter() - self.began
+        seconds = self.spent_seconds + time.perf_counter() - self.began
         needed = max(self.pace(), self.plain_seconds) * cost + self.plain_seconds * reads_left
         return not self.config.eval_seconds or seconds + needed <= self.config.eval_seconds
 
@@ -5189,7 +5196,8 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     plain_seconds = 0.0
     for name in dict.fromkeys(names):
         plain_seconds = plain_seconds or (evaluators["chunked"].pace() if scores else 0.0)
-        evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds)
+        spent = sum(score.seconds for score in scores.values())
+        evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds, spent)
         scores[name] = evaluators[name].score()
         run.log.event("eval", name=name, **scores[name]._asdict())
     final = evaluators[config.final_eval]
@@ -5468,6 +5476,8 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     world.copy_from_main([parameter.data for parameter in model.parameters()])  # drawn alike on equal machines, but nothing promises it
     run = open_run(config, world, signals, source, model)
     run.log.note(chosen)
+    counts = {"train_shards": len(loader.shards) if loader else None, "val_tokens": len(val.tokens) - 1 if val else None}
+    run.log.note("  ".join(f"{name}: {count:,}" for name, count in counts.items() if count))
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}

@@ -76,9 +76,12 @@ def new_run(config: Config, folder: Path = Path()) -> train_gpt.Run:
     return train_gpt.Run(config, train_gpt.World("cpu"), train_gpt.Log(None), folder, train_gpt.StopSignals(), source="")
 
 
-def new_evaluator(config: Config, model: Any, val: ValData, kind: type[Evaluator] = Evaluator, forward: Any = None, plain_seconds: float = 0.0) -> Evaluator:
+def new_evaluator(
+    config: Config, model: Any, val: ValData, kind: type[Evaluator] = Evaluator, forward: Any = None, plain_seconds: float = 0.0, spent: float = 0.0
+) -> Evaluator:
     """Returns the evaluation that `config` names."""
-    return kind(new_run(config), model, model if forward is None else forward, val, config.final_eval, train_gpt.Schedule(config).scored_phase, plain_seconds)
+    phase = train_gpt.Schedule(config).scored_phase
+    return kind(new_run(config), model, model if forward is None else forward, val, config.final_eval, phase, plain_seconds, spent)
 
 
 def score(config: Config, model: train_gpt.GPT, val: ValData) -> np.ndarray:
@@ -840,6 +843,13 @@ def test_without_time_nothing_is_learnt_and_every_target_scores_as_without_adapt
     found = evaluator.score()
     np.testing.assert_allclose(evaluator.ledger.nats, expected, **FLOAT32)
     assert found.targets == INPUTS and found.adapted_frac == (40 / INPUTS if name == "ttt_sgd" else 0), "the first chunk comes before all learning"
+
+
+@pytest.mark.parametrize(("spent", "adapted"), [(0.0, 1.0), (5000.0, 0.0)])
+def test_the_time_of_evaluations_before_counts_too(monkeypatch: pytest.MonkeyPatch, spent: float, adapted: float) -> None:
+    config, val = configured("ttt_lora", eval_seconds=5000.0), text()
+    model, meter = lively_model(config), Meter(monkeypatch)
+    assert new_evaluator(config, model, val, forward=meter.metered(model), plain_seconds=1e-3, spent=spent).score().adapted_frac == adapted
 
 
 @with_exact_numbers

@@ -253,7 +253,7 @@ EVENTS: dict[str, tuple[dict[str, Any], str]] = {
             "bytes_model": 1000100, "bytes_code": 50000, "bytes_total": 1050100, "bytes_cap": 16000000,
         },
         "  matrix      1,500,000 weights    1,000,000 bytes    5.333 bits/weight\n"
-        "artifact 1,000,100 + code 50,000 = 1,050,100 bytes, within 16,000,000",
+        "Total submission size: artifact 1,000,100 + code 50,000 = 1,050,100 bytes, within 16,000,000",
     ),
     "eval": (
         {"name": "sliding", "val_loss": 2.0, "val_bpb": 1.2, "seconds": 3.04},
