@@ -34,6 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
+from records import report  # noqa: E402
 
 FOLDER = ROOT / "records" / "ablation_cpu"
 RESULTS = FOLDER / "results.jsonl"
@@ -127,12 +128,17 @@ def reference_of(name: str) -> str:
     return name.split(" > ")[1] if " > " in name else "base"
 
 
+# What does not reach the trained weights, and so no score here.
+UNTRAINED = {*train_gpt.FREE_ON_RESUME, *train_gpt.GRID_SETTINGS, "preset"}
+
+
 def digest_of(name: str) -> str:
-    """Returns a digest of the whole configuration that a variant's settings come to, "" where they are settings no more."""
+    """Returns a digest of what a variant's settings train, "" where they are settings no more."""
     if name in REMOVED:
         return ""
     config = asdict(train_gpt.parse_config(settings_of(name), {}))
-    return hashlib.sha256(repr(sorted((key, value) for key, value in config.items() if value != getattr(train_gpt.Config, key))).encode()).hexdigest()[:16]
+    changed = sorted((key, value) for key, value in config.items() if value != getattr(train_gpt.Config, key) and key not in UNTRAINED)
+    return hashlib.sha256(repr(changed).encode()).hexdigest()[:16]
 
 
 def finished() -> list[dict[str, Any]]:
@@ -269,25 +275,11 @@ def write_table() -> None:
 
 
 def plot(rows: list[Row]) -> None:
-    """Draws every difference: one point a seed, a bar to the mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = sorted(rows, key=lambda row: -row.mean)
-    figure, axes = plt.subplots(figsize=(9, 0.24 * len(rows) + 1))
-    for at, row in enumerate(rows):
-        color = "tab:blue" if len(row.differences) > 1 else "lightgray"
-        axes.barh(at, row.mean, color=color, height=0.7)
-        axes.plot(row.differences, [at] * len(row.differences), ".", color="black", markersize=4)
-    axes.set_yticks(range(len(rows)), [row.name if row.reference == "base" else f"{row.name}  (to: {row.reference})" for row in rows], fontsize=7)
-    axes.set_xlabel("bits per byte against the reference, less is better; gray: one seed, a screen only")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(FOLDER / "differences.png", dpi=110, bbox_inches="tight")
+    """Draws every difference, the best last."""
+    names = {row.name: row.name if row.reference == "base" else f"{row.name}  (to: {row.reference})" for row in rows}
+    found = [report.Difference(names[row.name], row.differences) for row in sorted(rows, key=lambda row: -row.mean)]
+    for file, image in report.pngs({"differences.png": lambda: report.draw_differences("the reference", found)}).items():
+        report.write_file(FOLDER / file, image)
 
 
 def fill_techniques(rows: list[Row]) -> None:
