@@ -32,9 +32,10 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+import report  # noqa: E402
+
 import train_gpt  # noqa: E402
-from records import report  # noqa: E402
 
 FOLDER = ROOT / "records" / "ablation_cpu"
 RESULTS = FOLDER / "results.jsonl"
