@@ -422,8 +422,22 @@ RECORD_1855 = {
     "final_eval": "ttt_phased", "eval_seconds": 600.0, "ttt_lr": 0.001, "ttt_epochs": 1, "ttt_phases": 3, "ttt_lora_warm_a": True,
 }
 
+# PR #2014, 1.0576 bpb: PR #1855 with rows that grow.
+RECORD_2014 = {
+    **RECORD_1855, "ttt_phases": 1, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1",
+}
+# Ours: that record's network and schedule; the quantiser, optimiser and evaluation that our own paired runs prefer (records/DEFAULT.md).
+OURS = {
+    **RECORD_2014, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
+    "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_boost": 2.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": OURS,
+    # The bet on fewer bits and more weights: every layer that `default` runs is a layer of its own, at the same FLOPs a token and the same bytes.
+    "unique": {**OURS, "num_layers": 17, "num_loops": 0, "parallel_start_layer": 14},
+    # Every setting as listed: 9 x 512 without any optional feature, to build on.
+    "plain": {},
     # The challenge's starter script: 9 x 512, int8 + zlib, 1.2244 bpb on 8 H100 (its record 2026-03-17).
     "baseline": {
         "doc_mask": False, "data_shuffle": False, "matrix_init": "uniform", "muon_coefficients": "classic",
@@ -473,8 +487,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scalar_weight_decay": 0.04, "grad_clip_norm": 0.3, "warmdown_iters": 3000, "swa_every": 50, "qat_start_frac": 0.955,
         "quant_scheme": "gptq_lite", "gptq_lite_scope": "matrix", "matrix_bits": 6, "coder": "zstd",
     },
-    # PR #2014, 1.0576 bpb: PR #1855 with rows that grow.
-    "frontier": {**RECORD_1855, "ttt_phases": 1, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1"},
+    "frontier": RECORD_2014,
     # The whole path on a laptop CPU, on the bundled text.
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
@@ -512,7 +525,10 @@ TINY_OF_PRESET: dict[str, dict[str, Any]] = {
         "rope_dims": 8, "xsa_last_n": 1, "value_embed_layers": "1,2", "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16,
         "swa_every": 2,
     },
-    "frontier": {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"},
+    **{
+        preset: {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"}
+        for preset in ("default", "unique", "frontier")
+    },
     "demo": {
         **TINY_SHAPE, "attention_gate_window": 8, "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "train_seq_schedule": "32@0.2,64@1",
     },

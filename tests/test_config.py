@@ -48,9 +48,9 @@ SYSTEM_NAMES = """
 
 
 def problems_of(*arguments: str, **environment: str) -> list[str]:
-    """Returns the lines of the ConfigError that these settings raise; none when they are accepted."""
+    """Returns the lines of the ConfigError that these settings raise over PRESET=plain; none when they are accepted."""
     try:
-        parse_config(arguments, environment)
+        parse_config(arguments, {"PRESET": "plain", **environment})
     except ConfigError as error:
         return str(error).splitlines()
     return []
@@ -59,14 +59,15 @@ def problems_of(*arguments: str, **environment: str) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "environment", "expected"),
     [
-        ([], {}, 9),
+        ([], {}, 11),
+        (["PRESET=plain"], {}, 9),
         (["PRESET=demo"], {}, 4),
         ([], {"PRESET": "demo"}, 4),
         (["PRESET=baseline"], {"PRESET": "demo"}, 9),
         (["PRESET=baseline", "SCALE=tiny"], {}, 3),
         (["PRESET=demo"], {"SCALE": "tiny", "NUM_LAYERS": "5"}, 5),
         (["PRESET=demo", "NUM_LAYERS=6"], {"SCALE": "tiny", "NUM_LAYERS": "5"}, 6),
-        (["NUM_LAYERS=6", "NUM_LAYERS=7"], {}, 7),
+        (["PRESET=plain", "NUM_LAYERS=6", "NUM_LAYERS=7"], {}, 7),
     ],
 )
 def test_precedence_is_default_preset_tiny_environment_argument(arguments: list[str], environment: dict[str, str], expected: int) -> None:
@@ -293,7 +294,7 @@ RECORD_COMMANDS = {
 @pytest.mark.parametrize("record", RECORD_COMMANDS)
 def test_the_launch_command_of_a_record_is_accepted_as_a_whole(record: str) -> None:
     environment = dict(word.split("=", 1) for word in RECORD_COMMANDS[record].split())
-    config = parse_config([], environment)
+    config = parse_config(["PRESET=plain"], environment)
     for name in set(environment) - {"NCCL_IB_DISABLE"}:
         assert getattr(config, name.lower()) == train_gpt.parse_value(name, environment[name]), name
 
@@ -634,10 +635,13 @@ def test_a_preset_has_exactly_the_parameters_of_the_public_system(preset: str) -
     assert planned_by(parse_config([f"PRESET={preset}"], {}))["params"] == count, source
 
 
-NINE, ELEVEN, LOOPED = [*range(9)], [*range(11)], [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+NINE, ELEVEN, SEVENTEEN, LOOPED = [*range(9)], [*range(11)], [*range(17)], [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+RAMP = [(ELEVEN, 1024, False), (ELEVEN, 2048, False), (LOOPED, 2048, False), (LOOPED, 3072, False)]
 # Preset -> executed layers, tokens a row and QAT of every phase.
 PHASES = {
-    "default": [(NINE, 1024, False)],
+    "plain": [(NINE, 1024, False)],
+    "default": RAMP,
+    "unique": [(SEVENTEEN, seq_len, False) for seq_len in (1024, 2048, 3072)],
     "baseline": [(NINE, 1024, False)],
     "recurrent": [([0, 1, 2] * 3, 1024, False), ([0, 1, 2] * 3, 1024, True)],
     "smeargate": [(NINE, 1024, True)],
@@ -645,7 +649,7 @@ PHASES = {
     "sp8192_ttt": [(ELEVEN, 2048, False), (LOOPED, 2048, False)],
     "adaptive_clip": [(ELEVEN, 2048, False), (LOOPED, 2048, False)],
     "gptq_lite": [(ELEVEN, 2048, False), (ELEVEN, 2048, True)],
-    "frontier": [(ELEVEN, 1024, False), (ELEVEN, 2048, False), (LOOPED, 2048, False), (LOOPED, 3072, False)],
+    "frontier": RAMP,
     "demo": [([0, 1, 2, 3], 64, False), ([0, 1, 2, 3], 128, False), ([0, 1, 1, 2, 3], 128, False)],
 }
 
@@ -732,7 +736,7 @@ def test_plan_for_people_counts_the_tokens_of_each_phase() -> None:
     assert [line.rpartition(", ")[2] for line in lines] == ["32 M tokens", "32 M tokens", "32 M tokens", "64 M tokens"]
 
 
-@pytest.mark.parametrize(("preset", "cap", "fits"), [("baseline", 1_000_000, False), ("default", 1_000_000, True), ("default", 60_000, False)])
+@pytest.mark.parametrize(("preset", "cap", "fits"), [("baseline", 1_000_000, False), ("plain", 1_000_000, True), ("default", 60_000, False)])
 def test_plan_for_people_agrees_with_plan_for_machines(preset: str, cap: int, fits: bool, main_output: Any) -> None:
     """The default scheme takes what the cap leaves, if it leaves anything."""
     planned = json.loads(main_output("--plan", "--json", f"PRESET={preset}", f"BYTES_CAP={cap}")[1])

@@ -186,7 +186,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loader_of(folder: Path, **changed: Any) -> TrainLoader:
     """Returns a loader of rows of 32 tokens."""
-    base = {"DATA_PATH": folder, "VOCAB_SIZE": 2048, "SEED": 1, "TRAIN_SEQ_LEN": 32, "EVAL_STRIDE": 32}
+    base = {"PRESET": "plain", "DATA_PATH": folder, "VOCAB_SIZE": 2048, "SEED": 1, "TRAIN_SEQ_LEN": 32, "EVAL_STRIDE": 32}
     return TrainLoader(parse_config([f"{name}={value}" for name, value in {**base, **changed}.items()], {}))
 
 
