@@ -139,7 +139,8 @@ class Bench(NamedTuple):
     def digest(self, name: str, quantiser: str) -> str:
         """Returns a digest of everything about a family but its seed, steps and data."""
         config = asdict(train_gpt.parse_config([*self.settings(name), *QUANTISERS[quantiser].split()], {}))
-        return hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest()[:16]
+        changed = sorted((key, value) for key, value in config.items() if value != getattr(train_gpt.Config, key))
+        return hashlib.sha256(repr(changed).encode()).hexdigest()[:16]
 
     def read(self, file: str) -> list[dict[str, Any]]:
         """Returns the rows of a file of results."""
