@@ -973,6 +973,10 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(unfinished, path)
+    except OSError as problem:
+        if problem.errno and problem.filename is None:  # writing does not say to which file
+            raise OSError(problem.errno, problem.strerror, str(path)) from None
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -1066,13 +1070,15 @@ class Log:
             return
         event = {"event": kind, "time": round(time.time(), 3), **values}
         line = LOG_LINES[kind](event)
-        print(f"\r\033[K{line}" if self.live else line, flush=True)
+        with suppress(OSError):  # a full disk must not end a run whose weights are in memory, even where the output goes to it
+            print(f"\r\033[K{line}" if self.live else line, flush=True)
         for file, text in ((self.events, json.dumps(event)), (self.lines, line)):
             try:
                 file.write(text + "\n")
                 file.flush()
-            except OSError as problem:  # a full disk must not end a run whose weights are in memory
-                print(f"{file.name}: {problem.strerror}; a line is missing there", file=sys.stderr, flush=True)
+            except OSError as problem:
+                with suppress(OSError):
+                    print(f"{file.name}: {problem.strerror}; a line is missing there", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Records a sentence."""
@@ -1175,7 +1181,8 @@ class TrainLoader:
         longest = max(len(shard) for shard in self.shards)
         if longest <= config.train_seq_len:
             raise ValueError(f"DATA_PATH={config.data_path}: the longest train shard has {longest} tokens, too short for TRAIN_SEQ_LEN={config.train_seq_len}")
-        self.state = {"passes": 0, "shard": 0, "row": 0, "seq_len": 0, "tokens": 0}
+        fingerprint = zlib.crc32(repr([(path.name, len(shard)) for path, shard in zip(self.paths, self.shards, strict=True)]).encode())
+        self.state = {"passes": 0, "shard": 0, "row": 0, "seq_len": 0, "tokens": 0, "shards": fingerprint}
         self.bounds = DocumentBounds(config)
         self.starts_key: tuple[int, ...] = ()
         self.starts = np.empty(0, dtype=np.int64)
@@ -1199,6 +1206,13 @@ class TrainLoader:
         last = self.state["shard"] + 1 == len(self.shards)
         self.state.update(row=0, shard=0 if last else self.state["shard"] + 1, passes=self.state["passes"] + last)
 
+    def check_length(self, shard: int) -> None:
+        """Raises ValueError when a shard has been cut since the run began: reading what it had would kill the process. One that vanished is still mapped."""
+        path, expected = self.paths[shard], SHARD_HEADER_BYTES + 2 * len(self.shards[shard])
+        with suppress(OSError):
+            if (size := path.stat().st_size) < expected:
+                raise ValueError(f"{path}: {size:,} bytes, but {expected:,} when the run began; it has been truncated: make or fetch it again")
+
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
         """Returns this rank's equal share of the next `num_rows` rows: (num_rows / ranks, seq_len + 1) int64, on the CPU.
 
@@ -1219,6 +1233,8 @@ class TrainLoader:
                 self.next_shard()
         share = num_rows // world.size
         mine = picked[world.rank * share : (world.rank + 1) * share]
+        for shard in {shard for shard, _ in mine}:
+            self.check_length(shard)
         rows = [self.shards[shard][start : start + seq_len + 1] for shard, start in mine]
         for row, (shard, _) in zip(rows, mine, strict=True):
             check_tokens(row, self.config.vocab_size, self.paths[shard])
@@ -3562,7 +3578,7 @@ def inefficiency_bits(curvatures: Sequence[Curvature], grids: Sequence[Grid], sh
 # Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
 # evaluation only the callback `validate`.
 
-CHECKPOINT_VERSION, DIGEST_BYTES = 3, 16
+CHECKPOINT_VERSION, DIGEST_BYTES = 4, 16
 CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and the one before
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
@@ -3600,7 +3616,9 @@ class TrainingState(NamedTuple):
         return cpu_copy(live)
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores what `save` returned."""
+        """Restores what `save` returned. Raises ValueError where it was made from other shards."""
+        if saved["loader"]["shards"] != self.loader.state["shards"]:
+            raise ValueError(f"DATA_PATH={self.loader.config.data_path}: not the train shards of the checkpoint, by their names or lengths; put them back")
         load_weights(self.model, saved["model"])
         load_grids(self.model, saved["grids"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -3668,8 +3686,8 @@ def content_digest(content: Any) -> str:
     return digest.hexdigest()
 
 
-def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, *, finished: bool) -> None:
-    """Writes `checkpoint.pt` into the run folder, atomically, and keeps the one before. Every rank must call it.
+def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, *, finished: bool) -> bool:
+    """Writes `checkpoint.pt` into the run folder, atomically, and keeps the one before; returns whether it could. Every rank must call it.
 
     Where it cannot be written, the log says so and the run goes on: what it has learnt is still in memory.
     """
@@ -3682,6 +3700,8 @@ def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, 
                 torch.save({**content, "digest": content_digest(content)}, file)
         except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
             run.log.note(f"step {step}: {newest} cannot be written ({str(problem).splitlines()[0]}); the run goes on without it")
+            return False
+    return True
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -3841,7 +3861,7 @@ class Trainer:
     def train(self) -> Trained:
         """Returns the outcome of training to the end. Raises Diverged, or SystemExit after a signal, with a checkpoint written."""
         config, world, signals = self.run.config, self.run.world, self.run.signals
-        finished = self.resume()
+        finished, saved = self.resume(), True
         if not finished:
             warm_up(self.run, self.forward, self.state, self.schedule)
             self.reserve()
@@ -3853,7 +3873,7 @@ class Trainer:
                 raise
             if finished:
                 self.state.averages.apply()
-            write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=finished)
+            saved = write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=finished)
             signals.deferred = False
             if any(world.gather_objects(signals.received is not None)):
                 number = signals.received or signal.SIGTERM
@@ -3865,7 +3885,7 @@ class Trainer:
             spent = self.clock.seconds() - began
             self.run.log.note(f"calibration on {config.calibration_tokens:,} training tokens: {spent:.1f} s ({self.reserve_seconds:.1f} reserved)")
         peak = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB" if world.device.type == "cuda" else ""
-        self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights saved in checkpoint.pt")
+        self.run.log.note(f"trained {self.step} steps in {self.clock.seconds():.1f} s{peak}; weights {'saved in checkpoint.pt' if saved else 'not saved'}")
         return Trained(self.step, self.skipped, self.clock.seconds(), tokens, self.validate(), curvatures)
 
     def reserve(self) -> None:
@@ -4016,8 +4036,11 @@ class Trainer:
             return False
         path, saved, problems = found
         check_same_settings(saved["settings"], self.run.config)
+        self.run.world.gather_objects(path.name)  # every rank has read it
         if self.run.world.is_main:
             write_config(self.run.folder, self.run.config)
+            if problems:  # or the next checkpoint would push the damaged one over the one that is whole
+                os.replace(self.run.folder / CHECKPOINT_FILES[0], self.run.folder / "checkpoint_damaged.pt")
         self.state.load(saved["state"])
         self.step, self.clock = saved["step"], Clock(saved["seconds"])
         damage = "".join(f"; not from {problem}" for problem in problems)
@@ -5405,6 +5428,7 @@ def is_locked(path: Path) -> bool:
 def open_folder(config: Config, world: World, source: str) -> Path:
     """Returns the run folder, made (or, with RESUME, found) by rank 0. Raises ValueError on every rank when it cannot be used."""
     folder = Path(config.runs_dir) / config.run_id
+    making = folder.with_name(f"{folder.name}.{os.getpid()}.partial")  # a run folder appears whole or not at all
     problem = ""
     if world.is_main:
         try:
@@ -5416,10 +5440,12 @@ def open_folder(config: Config, world: World, source: str) -> Path:
                 problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
             else:
                 if not config.resume:
-                    folder.mkdir(parents=True)
-                    atomic_write(folder / "train_gpt.py", source.encode())
-                    write_config(folder, config)
+                    making.mkdir(parents=True)
+                    atomic_write(making / "train_gpt.py", source.encode())
+                    write_config(making, config)
+                    making.rename(folder)
         except OSError as error:
+            shutil.rmtree(making, ignore_errors=True)
             problem = f"RUNS_DIR={config.runs_dir}: cannot write there ({error}); choose another place with RUNS_DIR="
     problem = world.from_main(problem)
     if problem:
@@ -5586,6 +5612,10 @@ def main(arguments: Sequence[str]) -> int:
         return code
     except (ValueError, OSError) as error:
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except torch.OutOfMemoryError as error:
+        smaller = "set MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_LORA_BATCH_DOCS lower"
+        print(f"{rank}error: out of memory: {str(error).splitlines()[0]} What is finished is kept; {smaller}", file=sys.stderr, flush=True)
         code = 1
     except SystemExit as stop:  # a signal
         code = int(stop.code or 0)

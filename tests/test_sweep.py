@@ -194,7 +194,7 @@ def test_tables_on_disk_and_on_screen(run_sweep: Callable[..., int], tmp_path: P
 
 
 def test_random_search_draws_by_number(run_sweep: Callable[..., int], tmp_path: Path) -> None:
-    space = ("--range", "MATRIX_LR", 0.001, 1, "log", "--range", "NUM_LAYERS", 2, 9, "--choose", "SWIGLU", 0, 1,
+    space = ("PRESET=plain", "--range", "MATRIX_LR", 0.001, 1, "log", "--range", "NUM_LAYERS", 2, 9, "--choose", "SWIGLU", 0, 1,
              "--range", "SCALAR_LR", 0.001, 1, "log", "--trials", 8)  # fmt: skip
     assert run_sweep(*space) == 0 and run_sweep(*space, folder=tmp_path / "again" / "lr") == 0
     found = sorted(trials(tmp_path / "lr"), key=lambda row: row["trial"])
