@@ -244,7 +244,7 @@ def test_scoring_finds_out_the_artifact_of_another_run_that_everything_else_agre
     other = (runs[1] / "artifact.bin").read_bytes()
     (runs[0] / "artifact.bin").write_bytes(other)
     total = len(other) + result_of(runs[0])["bytes_code"]
-    refused(make(runs[:1]), "not the bytes that the run wrote")
+    refused(make(runs[:1]), "bytes, and the run wrote", "not the bytes that the run wrote")
     sizes = {"bytes_model": len(other), "bytes_total": total}
     edit(runs[0], with_values("export", **sizes, artifact_sha256=hashlib.sha256(other).hexdigest()), with_values("result", **sizes))
     with open(runs[0] / "log.txt", "a", encoding="utf-8") as log:
