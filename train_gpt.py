@@ -5432,10 +5432,10 @@ def open_folder(config: Config, world: World, source: str) -> Path:
     problem = ""
     if world.is_main:
         try:
-            if config.resume and is_locked(folder / "run.jsonl"):
-                problem = f"RUN_ID={config.run_id}: another process is working on it; wait for it or stop it, or choose another RUN_ID"
-            elif config.resume and not (folder / "config.env").is_file():
+            if config.resume and not (folder / "config.env").is_file():
                 problem = f"RESUME=1: there is no run {folder}; start it without RESUME"
+            elif config.resume and is_locked(folder / "run.jsonl"):
+                problem = f"RUN_ID={config.run_id}: another process is working on it; wait for it or stop it, or choose another RUN_ID"
             elif not config.resume and folder.exists():
                 problem = f"RUN_ID={config.run_id}: {folder} exists and is never overwritten; choose another RUN_ID, or continue it with RESUME=1"
             else:
