@@ -2,6 +2,7 @@
 
     python tests/bench/budget.py --data 1024=DIR                          one seed of every family that has none yet, small, on a CPU
     python tests/bench/budget.py --data 1024=DIR --seeds 3 --only looped,unique     three paired seeds of these
+    python tests/bench/budget.py --data 1024=DIR --only "looped;unique" --bytes 60000,120000     the same trained models at other caps
     python tests/bench/budget.py --scale gpu --data 8192=DIR              the same question in the shapes of PRESET=frontier, on one GPU
     python tests/bench/budget.py --table                                  only write the pages and plots again
 
@@ -15,6 +16,7 @@ interrupted goes on from its checkpoint (--runs).
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -80,12 +82,13 @@ SCALES = {
             "half looped": Family("NUM_LAYERS=4 NUM_LOOPS=1 LOOP_START=2 LOOP_END=2 ENABLE_LOOPING_AT=0.35"),
             "unique, QAT": Family("NUM_LAYERS=5 QAT_START_FRAC=0.85"),
             "unique, deeper": Family("NUM_LAYERS=7"),
-            "unique, wide MLP": Family("NUM_LAYERS=5 MLP_MULT=6"),
-            "unique, one KV head": Family("NUM_LAYERS=5 NUM_KV_HEADS=1"),
-            "unique, value table": Family("NUM_LAYERS=5 VALUE_EMBED_LAYERS=3,4 VALUE_EMBED_DIM=32"),
-            "unique, bigram table": Family("NUM_LAYERS=5 BIGRAM_HASH_BUCKETS=2048 BIGRAM_HASH_DIM=32 BIGRAM_HASH_SCALE=0.05"),
-            "unique, 4096 tokens": Family("NUM_LAYERS=5", vocabulary=4096),
-            "unique, 8192 tokens": Family("NUM_LAYERS=5", vocabulary=8192),
+            "looped, QAT": Family(f"{LOOPED_SMALL} QAT_START_FRAC=0.85"),
+            "looped, wide MLP": Family(f"{LOOPED_SMALL} MLP_MULT=6"),
+            "looped, one KV head": Family(f"{LOOPED_SMALL} NUM_KV_HEADS=1"),
+            "looped, value table": Family(f"{LOOPED_SMALL} VALUE_EMBED_LAYERS=1,2 VALUE_EMBED_DIM=32"),
+            "looped, bigram table": Family(f"{LOOPED_SMALL} BIGRAM_HASH_BUCKETS=2048 BIGRAM_HASH_DIM=32 BIGRAM_HASH_SCALE=0.05"),
+            "looped, 4096 tokens": Family(LOOPED_SMALL, vocabulary=4096),
+            "looped, 8192 tokens": Family(LOOPED_SMALL, vocabulary=8192),
         },
     ),
     # One rank's share of the batch of eight GPUs, and about a fifth of the 10 minutes' steps: two minutes a run on an H100.
@@ -113,6 +116,7 @@ class Bench(NamedTuple):
 
     scale_name: str
     equal: str
+    caps: tuple[int, ...]  # bytes for the weights, the scale's own first
     data: Mapping[int, Path]
     runs: Path
 
@@ -213,18 +217,18 @@ def run_script(arguments: Sequence[str], log: Path, threads: int) -> None:
 
 
 def run_trial(bench: Bench, name: str, seed: int, threads: int) -> list[dict[str, Any]]:
-    """Returns one row for each quantiser of a family, all from one training run."""
+    """Returns one row for each quantiser and cap of a family, all from one training run."""
     cost = cost_of(bench, name)
     steps = round(bench.scale.steps / cost[f"{bench.equal}_ratio"])
-    cap = train_gpt.code_bytes((ROOT / "train_gpt.py").read_text(encoding="utf-8")) + bench.scale.model_bytes
+    code = train_gpt.code_bytes((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
     identity = f"{name.replace(', ', '-').replace(' ', '_')}-{seed}-{steps}-{bench.digest(name, 'rate')[:6]}"
-    common = [*bench.settings(name), *bench.data_settings(name), f"SEED={seed}", f"ITERATIONS={steps}", f"BYTES_CAP={cap}", f"RUNS_DIR={bench.runs}"]
+    common = [*bench.settings(name), *bench.data_settings(name), f"SEED={seed}", f"ITERATIONS={steps}", f"RUNS_DIR={bench.runs}"]
     bench.runs.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     checkpoint, trained = bench.runs / identity / "checkpoint.pt", math.nan
-    for quantiser in bench.scale.families[name].quantisers:
-        run_id = identity if not rows else f"{identity}-{quantiser}"
-        arguments = [*common, *QUANTISERS[quantiser].split(), f"RUN_ID={run_id}"]
+    for cap, quantiser in itertools.product(bench.caps, bench.scale.families[name].quantisers):
+        run_id = identity if not rows else f"{identity}-{quantiser}" + f"-{cap}" * (cap != bench.scale.model_bytes)
+        arguments = [*common, *QUANTISERS[quantiser].split(), f"BYTES_CAP={code + cap}", f"RUN_ID={run_id}"]
         if rows:
             arguments += ["STAGES=export,eval", f"CHECKPOINT={checkpoint}"]
         folder = bench.runs / run_id
@@ -237,7 +241,7 @@ def run_trial(bench: Bench, name: str, seed: int, threads: int) -> list[dict[str
         weights = sum(role["params"] for event in events if event["event"] == "export" for role in event["roles"] if role["role"] != "gain")
         trained = trained if rows else result["pre_quant_val_bpb"]
         rows.append({
-            "family": name, "quantiser": quantiser, "seed": seed, "equal": bench.equal, "digest": bench.digest(name, quantiser), "steps": steps,
+            "family": name, "quantiser": quantiser, "cap": cap, "seed": seed, "equal": bench.equal, "digest": bench.digest(name, quantiser), "steps": steps,
             "tokens": steps * train_gpt.parse_config(common, {}).train_batch_tokens, "params": result["params"],
             "bits_per_weight": 8 * result["bytes_model"] / weights, "bytes_model": result["bytes_model"], "bpb_trained": trained, "bpb": result["val_bpb"],
             "nats_per_bpb": result["val_loss"] / result["val_bpb"], "torch": result["torch"],
@@ -254,19 +258,19 @@ def spread(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
 
 
-def standing(bench: Bench) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """Returns the kept rows whose configuration is still that of their family: (family, quantiser) -> seed -> row, best mean first."""
+def standing(bench: Bench, cap: int) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """Returns the kept rows of a cap whose configuration is still that of their family: (family, quantiser) -> seed -> row, best mean first."""
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in bench.read("results.jsonl"):
         name, quantiser = row["family"], row["quantiser"]
-        if row["equal"] == bench.equal and name in bench.scale.families and row["digest"] == bench.digest(name, quantiser):
+        if (row["equal"], row["cap"]) == (bench.equal, cap) and name in bench.scale.families and row["digest"] == bench.digest(name, quantiser):
             found.setdefault((name, quantiser), {})[row["seed"]] = row
     return dict(sorted(found.items(), key=lambda item: statistics.fmean(row["bpb"] for row in item[1].values())))
 
 
 def write_page(bench: Bench) -> None:
     """Writes records/budget_SCALE/README.md and its plot."""
-    found = standing(bench)
+    found = standing(bench, bench.scale.model_bytes)
     if not found:
         return
     name, quantiser = next(iter(bench.scale.families)), "rate"
@@ -291,11 +295,27 @@ def write_page(bench: Bench) -> None:
         scores = f"{spread([row['bits_per_weight'] for row in rows], 2)} | {spread([row['bpb_trained'] for row in rows])} | {spread(taxes)}"
         against = "" if (family, scheme) == (name, quantiser) or not paired else spread(paired, sign="+")
         lines.append(f"| {family} | {scheme} | {len(rows)} | {shape} | {scores} | {spread([row['bpb'] for row in rows])} | {against} |")
+    lines += caps_table(bench)
     lines += ["", "Settings of the base, then of each family:", "", "```", bench.scale.base.replace(" PRESET", "PRESET"), "```", ""]
     lines += [f"- {family}: `{bench.scale.families[family].settings}`" for family in dict.fromkeys(family for family, _ in found)]
     (bench.folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(bench, found)
     print(f"{bench.folder / 'README.md'}: {len(found)} rows, {sum(map(len, found.values()))} results")
+
+
+def caps_table(bench: Bench) -> list[str]:
+    """Returns the lines of a table of the same trained models under every cap that was tried, none if there is only the scale's own."""
+    caps = sorted({row["cap"] for row in bench.read("results.jsonl")})
+    if len(caps) < 2:
+        return []
+    by_cap = {cap: standing(bench, cap) for cap in caps}
+    lines = ["", "The same trained models under other caps, bpb of the artifact and, in brackets, bits per weight:", ""]
+    lines += ["| family | quantiser | " + " | ".join(f"{cap:,} bytes" for cap in caps) + " |", "|---|---|" + "---:|" * len(caps)]
+    for key in sorted({key for cap in caps if cap != bench.scale.model_bytes for key in by_cap[cap]}):
+        cells = [list(by_cap[cap].get(key, {}).values()) for cap in caps]
+        texts = [f"{spread([row['bpb'] for row in rows])} ({statistics.fmean(row['bits_per_weight'] for row in rows):.2f})" if rows else "" for rows in cells]
+        lines.append(f"| {key[0]} | {key[1]} | {' | '.join(texts)} |")
+    return lines
 
 
 def plot(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> None:
@@ -331,6 +351,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--equal", choices=("ms", "flops"), default="ms", help="what all families spend alike (default %(default)s)")
     parser.add_argument("--data", action="append", default=[], metavar="VOCABULARY=DIR", help="shards and tokenizer.model")
+    parser.add_argument("--bytes", default="", metavar="B,B", help="export the trained models under these caps too")
     parser.add_argument("--seeds", type=int, default=1, help="paired seeds of each family (default %(default)s)")
     parser.add_argument("--only", default="", help="names of families, separated by semicolons; the first family is always the reference")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default %(default)s)")
@@ -339,7 +360,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the page")
     options = parser.parse_args()
     data = {int(vocabulary): Path(folder).resolve() for vocabulary, _, folder in (text.partition("=") for text in options.data)}
-    bench = Bench(options.scale, options.equal, data, options.runs.resolve())
+    caps = (SCALES[options.scale].model_bytes, *(int(cap) for cap in options.bytes.split(",") if cap))
+    bench = Bench(options.scale, options.equal, caps, data, options.runs.resolve())
     families = bench.scale.families
     wanted = [name for name in options.only.split(";") if name] or list(families)
     if unknown := set(wanted) - set(families):
@@ -348,10 +370,10 @@ def main() -> None:
     if not options.table:
         for name in [name for name in wanted if name not in usable]:
             print(f"{name}: left out, give its text with --data {families[name].vocabulary or bench.scale.vocabulary}=DIR", flush=True)
-        have = {key: set(by_seed) for key, by_seed in standing(bench).items()}
+        have = {(key, cap): set(by_seed) for cap in caps for key, by_seed in standing(bench, cap).items()}
         trials = [
             (name, seed) for seed in SEEDS[: options.seeds] for name in usable
-            if any(seed not in have.get((name, quantiser), ()) for quantiser in families[name].quantisers)
+            if any(seed not in have.get(((name, quantiser), cap), ()) for cap in caps for quantiser in families[name].quantisers)
         ]  # fmt: skip
         for name in dict.fromkeys(name for name, _ in trials):  # before runs take the cores
             cost = cost_of(bench, name)
@@ -361,10 +383,10 @@ def main() -> None:
             for index, rows in enumerate(pool.map(lambda trial: run_trial(bench, trial[0], trial[1], options.threads), trials), 1):
                 with lock:
                     for row in rows:
-                        if row["seed"] not in have.get((row["family"], row["quantiser"]), ()):
+                        if row["seed"] not in have.get(((row["family"], row["quantiser"]), row["cap"]), ()):
                             bench.append("results.jsonl", row)
                 left = (time.perf_counter() - began) / index * (len(trials) - index)
-                scores = ", ".join(f"{row['quantiser']} {row['bpb']:.4f}" for row in rows)
+                scores = ", ".join(f"{row['quantiser']} {row['cap']:,} {row['bpb']:.4f}" for row in rows)
                 trained, seed = rows[0]["bpb_trained"], rows[0]["seed"]
                 print(f"{index}/{len(trials)}  {rows[0]['family']:<24} seed {seed:<5} trained {trained:.4f}, {scores}  {left / 60:.0f} min left", flush=True)
     write_page(bench)
