@@ -215,12 +215,14 @@ class Config:
     rope_base: float = setting(10000.0, "RoPE: longest wavelength is 2 pi times this, in tokens", low=1)
     rope_dims: int = setting(0, "RoPE: rotated dimensions of each head; 0 = all", low=0)
     rope_scaling: str = setting("none", "RoPE in rows longer than TRAIN_SEQ_LEN", choices=("none", "ntk", "yarn"))
+    key_offset_layers: str = setting("", "layers whose keys take their dimensions that RoPE leaves alone from the token before, as 3,10", form=parse_layers)
     xsa_last_n: int = setting(0, "exclusive self-attention in this many last layers", low=0)
     attention_gate_window: int = setting(0, "attention gate per head, from this many dimensions of the layer's input; MODEL_DIM = dense, 0 = off", low=0)
     attention_gate_scale: float = setting(0.5, "attention gate: sigmoid(this * W x)", low=0)
     gate_window: int = setting(12, "SmearGate add: dimensions of x that the gate reads", low=1)
     ln_scale: bool = setting(False, "scale the normed inputs of layer l by 1 / sqrt(l + 1)")
     skip_connections: str = setting("scaled", "U-Net skips from the first half of the executed layers to the second", choices=("none", "scaled", "gated"))
+    dynamic_skip_last_n: int = setting(0, "dynamic skips into this many last layers: every token chooses what to take from all layers before", low=0)
     parallel_residuals: str = setting("none", "gptj = attention and MLP read the same input; lanes = each its own", choices=("none", "gptj", "lanes"))
     parallel_start_layer: int = setting(0, "first layer of PARALLEL_RESIDUALS", low=0, high=255)
     num_loops: int = setting(0, "depth recurrence: run layers LOOP_START to LOOP_END this many times more", low=0, high=64)
@@ -380,9 +382,9 @@ class Config:
 # Settings that rebuild the model: they travel inside the artifact and the checkpoint.
 MODEL_SETTINGS = (
     "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "swiglu", "tie_embeddings",
-    "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale",
-    "value_embed_layers", "value_embed_dim", "rope_base", "rope_dims", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
-    "ln_scale", "skip_connections", "parallel_residuals", "parallel_start_layer", "num_loops", "loop_start", "loop_end",
+    "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale", "value_embed_layers",
+    "value_embed_dim", "rope_base", "rope_dims", "key_offset_layers", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
+    "ln_scale", "skip_connections", "dynamic_skip_last_n", "parallel_residuals", "parallel_start_layer", "num_loops", "loop_start", "loop_end",
     "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len",
 )  # fmt: skip
 # Settings that may differ between a run and its continuation: they do not reach the trained weights, but for the rounding of kernels.
@@ -682,8 +684,10 @@ def model_rules(c: Config) -> Rules:
     yield not (c.swiglu and c.leaky_relu_slope), "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0"
     yield not (c.swiglu and c.mlp_post_only), "SWIGLU=1 has no squared relu: leave MLP_POST_ONLY at 0"
     yield sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order"
-    highest = max(c.value_embed_layer_list, default=0)
-    yield highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}"
+    for name, layers in (("VALUE_EMBED_LAYERS", c.value_embed_layers), ("KEY_OFFSET_LAYERS", c.key_offset_layers)):
+        yield max(parse_layers(layers), default=0) < c.num_layers, f"{name}={layers} must name layers below NUM_LAYERS={c.num_layers}"
+    some_stand = not c.key_offset_layers or c.rotated_dims < c.head_dim
+    yield some_stand, f"KEY_OFFSET_LAYERS={c.key_offset_layers} needs ROPE_DIMS below {c.head_dim}, the head's width: it moves what RoPE does not"
     widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
     yield widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
     starts_inside = c.parallel_residuals == "none" or c.parallel_start_layer < c.num_layers
@@ -2407,6 +2411,16 @@ class AddValue(nn.Module):
         return v + self.scale(rows.value)
 
 
+class OffsetKeys(nn.Module):
+    """k (B, K, T, C) with the dimensions that RoPE leaves alone taken from the token before, where the document has one: a layer can then look for what
+    follows a token like this one. Source: modded-nanogpt record 49."""
+
+    def forward(self, k: Tensor, rows: Rows) -> Tensor:
+        rotated = 2 * rows.cos.shape[-1]
+        earlier = F.pad(k[:, :, :-1], (0, 0, 1, 0))
+        return torch.cat((k[..., :rotated], torch.where(rows.follows[:, None] > 0, earlier, k)[..., rotated:]), dim=-1)
+
+
 class ExcludeSelf(nn.Module):
     """Exclusive self-attention: takes from each head's output y (B, H, T, C) its part along the position's own value v (B, K, T, C). Source: PR #265."""
 
@@ -2447,6 +2461,7 @@ class Attention(Part):
         self.qkv = Joined(q=self.q, k=self.k, v=self.v)
         self.declare("q_gain", Role.GAIN, (c.num_heads,), constant(c.qk_gain_init))
         self.add_value = AddValue() if layer in c.value_embed_layer_list else Keep()
+        self.offset_keys = OffsetKeys() if layer in parse_layers(c.key_offset_layers) else Keep()
         self.exclude_self = ExcludeSelf() if layer >= c.num_layers - c.xsa_last_n else Keep()
         self.head_gate = HeadGate(c) if c.attention_gate_window else Keep()
 
@@ -2460,7 +2475,7 @@ class Attention(Part):
         q, k = rms_norm(split(q, self.heads)), rms_norm(split(k, self.kv_heads))
         v = split(self.add_value(v, rows), self.kv_heads)
         q = rotate(q, rows) * self.q_gain.to(q.dtype)[:, None, None]
-        y = rows.attend(q, rotate(k, rows), v)
+        y = rows.attend(q, self.offset_keys(rotate(k, rows), rows), v)
         y = self.head_gate(self.exclude_self(y, v), x)
         return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out", scale)
 
@@ -2613,6 +2628,23 @@ class GatedSkip(ScaledSkip):
         return torch.lerp(self.scale[index].to(x.dtype) * skip, x, self.gate[index].sigmoid().to(x.dtype))
 
 
+class DynamicSkip(Part):
+    """x plus what every token takes from the embedding and from the last output of each layer before: x + sum_s (W_s rms(x)) source_s, W starting at zero.
+
+    Source: MUDD, arXiv:2502.12170, for the stream alone and without its hidden layer.
+    """
+
+    weight: Tensor
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.declare("weight", Role.GAIN, (layer + 1, config.model_dim), nn.init.zeros_)
+
+    def forward(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        shares = F.linear(rms_norm(x), self.weight.to(x.dtype)).split(1, dim=-1)
+        return x + sum(share * source for share, source in zip(shares, sources, strict=True))
+
+
 class LoopEmbedding(Part):
     """Tells a block which pass through it this is: adds a vector per pass, starting at zero."""
 
@@ -2658,6 +2690,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(kind(c, layer) for layer, kind in enumerate(kinds))
         skip: dict[str, Callable[[Config, int], nn.Module]] = {"none": lambda *_: Keep(), "scaled": ScaledSkip, "gated": GatedSkip}
         self.skip = skip[c.skip_connections](c, len(Schedule(c).scored_phase.order) // 2)
+        dynamic = range(c.num_layers - c.dynamic_skip_last_n, c.num_layers)
+        self.dynamic_skips = nn.ModuleList(DynamicSkip(c, layer) if layer in dynamic else Keep() for layer in range(c.num_layers))
         self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
         if c.qat_start_frac < 1 and c.quant_scheme == "rate":
             self.register_buffer("rate_step", torch.zeros(()))
@@ -2692,13 +2726,16 @@ class GPT(nn.Module):
         lanes: Lanes = (x0,)
         half = len(phase.order) // 2
         skips: list[Tensor] = []
+        outputs: dict[int, Tensor] = {}  # the last of each layer
         for slot, layer in enumerate(phase.order):
             block: Any = self.blocks[layer]
             first, *others = block.enter(lanes)
             if half <= slot < 2 * half:
                 first = self.skip(first, skips.pop(), slot - half)
+            first = self.dynamic_skips[layer](first, [x0, *(outputs[earlier] for earlier in range(layer))])
             first = self.loop_embedding(first, phase.order[:slot].count(layer))
             lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
+            outputs[layer] = lanes[0]
             if slot < half:
                 skips.append(lanes[0])
         return (lanes[0] + lanes[-1]) / 2

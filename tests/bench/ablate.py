@@ -53,6 +53,12 @@ BASE = (
 )
 WD = "MUON_WEIGHT_DECAY=0.1 EMBED_WEIGHT_DECAY=0.1"
 BIGRAM = "BIGRAM_HASH_BUCKETS=1024 BIGRAM_HASH_DIM=48"
+# What PRESET=default stacks, at this size; candidates for it are tried on top.
+STACK = (
+    "LEAKY_RELU_SLOPE=0.5 ROPE_DIMS=12 XSA_LAST_N=4 LN_SCALE=1 SKIP_CONNECTIONS=gated NUM_LOOPS=1 LOOP_START=1 LOOP_END=1 ENABLE_LOOPING_AT=0.35 "
+    "USE_SMEARGATE=1 SMEARGATE_KIND=add ATTENTION_GATE_WINDOW=12 QK_GAIN_INIT=5.25 PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=3 "
+    f"GRAD_CLIP_NORM=0.3 LR_FLOOR_FRAC=0.1 EMA_DECAY=0.98 NORMUON_BETA2=0.95 {WD}"
+)
 # variant -> settings over the base; "a > b" in the name means: compare with variant b instead of the base.
 VARIANTS = {
     "leaky_relu 0.5": "LEAKY_RELU_SLOPE=0.5",
@@ -106,6 +112,31 @@ VARIANTS = {
     "rows 32, 64, 128": "TRAIN_SEQ_SCHEDULE=32@0.2,64@0.5,128@1",
     "batch 512, 1024, equal tokens": "TRAIN_BATCH_SCHEDULE=512@0.3,1024@1 ITERATIONS=470",
     "no document mask": "DOC_MASK=0",
+    "key offset > partial rope 12 of 24": "ROPE_DIMS=12 KEY_OFFSET_LAYERS=0,1,2,3",
+    "dynamic skips, last 2": "DYNAMIC_SKIP_LAST_N=2",
+    "stack": STACK,
+    **{
+        f"stack, {name} > stack": f"{STACK} {settings}"
+        for name, settings in {
+            "row normalise for normuon": "NORMUON_BETA2=0 MUON_ROW_NORMALIZE=1",
+            "and row normalise": "MUON_ROW_NORMALIZE=1",
+            "cautious weight decay": "CAUTIOUS_WEIGHT_DECAY=1",
+            "slope 0.3": "LEAKY_RELU_SLOPE=0.3",
+            "softcap 30 up, 15 down": "LOGIT_SOFTCAP_NEGATIVE=15",
+            "rows 32, 64, 128": "TRAIN_SEQ_SCHEDULE=32@0.1,64@0.7,128@1",
+            "key offset": "KEY_OFFSET_LAYERS=0,1,2,3",
+            "key offset in one layer": "KEY_OFFSET_LAYERS=1",
+            "dynamic skips, last 2": "DYNAMIC_SKIP_LAST_N=2",
+            "smear after norm": "INPUT_STAGES=bigram,norm,smear",
+            "bigram with scale": f"{BIGRAM} BIGRAM_HASH_SCALE=0.05",
+            "value embedding last 2": "VALUE_EMBED_LAYERS=2,3 VALUE_EMBED_DIM=48",
+            "qk gain 1.5": "QK_GAIN_INIT=1.5",
+            "no ln_scale": "LN_SCALE=0",
+            "full rope": "ROPE_DIMS=0",
+            "no lanes": "PARALLEL_RESIDUALS=none",
+            "no gate": "ATTENTION_GATE_WINDOW=0",
+        }.items()
+    },
 }
 # Lost, and their settings are gone from the script: their results stay in the table.
 REMOVED = {
@@ -267,8 +298,8 @@ def write_table() -> None:
     for row in rows:
         gone = " (removed)" if row.name in removed else ""
         numbers = f"{row.mean:+.4f} | {row.spread} | {len(row.differences)} | {ratios.get(row.name, '')}"
-        lines.append(f"| {row.name}{gone} | {row.reference} | {numbers} | `{row.settings}` |")
-    lines += ["", "Settings of the base:", "", "```", *textwrap.wrap(BASE, 140), "```"]
+        lines.append(f"| {row.name}{gone} | {row.reference} | {numbers} | `{row.settings.replace(STACK, 'STACK')}` |")
+    lines += ["", "Settings of the base, and STACK:", "", "```", *textwrap.wrap(BASE, 140), "", *textwrap.wrap(STACK, 140), "```"]
     (FOLDER / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(rows)
     fill_techniques(rows)
