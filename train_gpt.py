@@ -2629,7 +2629,7 @@ class GatedSkip(ScaledSkip):
 
 
 class DynamicSkip(Part):
-    """x plus what every token takes from the embedding and from the last output of each layer before: x + sum_s (W_s rms(x)) source_s, W starting at zero.
+    """x plus what every token takes from the embedding and from the last output of each layer before: x + sum_s (W_s rms(x) / D) source_s, W starting at zero.
 
     Source: MUDD, arXiv:2502.12170, for the stream alone and without its hidden layer.
     """
@@ -2641,7 +2641,7 @@ class DynamicSkip(Part):
         self.declare("weight", Role.GAIN, (layer + 1, config.model_dim), nn.init.zeros_)
 
     def forward(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor:
-        shares = F.linear(rms_norm(x), self.weight.to(x.dtype)).split(1, dim=-1)
+        shares = F.linear(rms_norm(x, 1 / x.shape[-1]), self.weight.to(x.dtype)).split(1, dim=-1)
         return x + sum(share * source for share, source in zip(shares, sources, strict=True))
 
 

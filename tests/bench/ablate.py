@@ -119,7 +119,6 @@ VARIANTS = {
         f"stack, {name} > stack": f"{STACK} {settings}"
         for name, settings in {
             "row normalise for normuon": "NORMUON_BETA2=0 MUON_ROW_NORMALIZE=1",
-            "and row normalise": "MUON_ROW_NORMALIZE=1",
             "cautious weight decay": "CAUTIOUS_WEIGHT_DECAY=1",
             "slope 0.3": "LEAKY_RELU_SLOPE=0.3",
             "softcap 30 up, 15 down": "LOGIT_SOFTCAP_NEGATIVE=15",
@@ -130,11 +129,6 @@ VARIANTS = {
             "smear after norm": "INPUT_STAGES=bigram,norm,smear",
             "bigram with scale": f"{BIGRAM} BIGRAM_HASH_SCALE=0.05",
             "value embedding last 2": "VALUE_EMBED_LAYERS=2,3 VALUE_EMBED_DIM=48",
-            "qk gain 1.5": "QK_GAIN_INIT=1.5",
-            "no ln_scale": "LN_SCALE=0",
-            "full rope": "ROPE_DIMS=0",
-            "no lanes": "PARALLEL_RESIDUALS=none",
-            "no gate": "ATTENTION_GATE_WINDOW=0",
         }.items()
     },
 }

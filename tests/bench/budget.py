@@ -38,6 +38,7 @@ import step as step_bench  # noqa: E402
 import train_gpt  # noqa: E402
 
 SEEDS = (1337, 1, 2, 3, 4)
+MODES = {"ms": "time", "flops": "FLOPs"}  # what all families spend alike
 # The first one is exported by the run that trains; the others start from its checkpoint.
 QUANTISERS = {
     "rate": "QUANT_SCHEME=rate CODER=range",
@@ -268,20 +269,35 @@ def standing(bench: Bench, cap: int) -> dict[tuple[str, str], dict[int, dict[str
 
 
 def write_page(bench: Bench) -> None:
-    """Writes records/budget_SCALE/README.md and its plot."""
-    found = standing(bench, bench.scale.model_bytes)
-    if not found:
+    """Writes records/budget_SCALE/README.md and its plot, from the rows at equal time and those at equal FLOPs."""
+    scale = bench.scale
+    name = next(iter(scale.families))
+    found = {mode: standing(bench._replace(equal=mode), scale.model_bytes) for mode in MODES}
+    if not any(found.values()):
         return
+    lines = [
+        f"# Equal time, equal bytes ({bench.scale_name})", "",
+        "Written by `python tests/bench/budget.py`; every run is in `results.jsonl`, step times in `costs.jsonl`. Every model was trained as long as",
+        f"`{name}` ({scale.steps:,} steps; ratio: of the mean step's time or FLOPs to that family's) and fills {scale.model_bytes:,} bytes.",
+        "All read the same text in the same order. bpb of held-out text, in chunks, comparable with each other only: mean ± standard deviation over n",
+        f"seeds; difference: paired by seed, against `{name}` with `rate`. The cost of quantisation is in nats per token.", "",
+        "![bpb trained and quantised](budget.png)",
+    ]  # fmt: skip
+    for mode in MODES:
+        lines += mode_table(bench._replace(equal=mode), found[mode]) if found[mode] else []
+    lines += ["", "Settings of the base, then of each family:", "", "```", scale.base.replace(" PRESET", "PRESET"), "```", ""]
+    lines += [f"- {family}: `{scale.families[family].settings}`" for family in dict.fromkeys(family for rows in found.values() for family, _ in rows)]
+    (bench.folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plot(bench, found[bench.equal])
+    print(f"{bench.folder / 'README.md'}: {sum(map(len, found.values()))} rows")
+
+
+def mode_table(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    """Returns the lines of the tables at equal time, or at equal FLOPs."""
     name, quantiser = next(iter(bench.scale.families)), "rate"
-    spent = "time" if bench.equal == "ms" else "FLOPs"
     reference, costs = found.get((name, quantiser), {}), {row["family"]: row for row in bench.read("costs.jsonl")}
     lines = [
-        f"# Equal {spent}, equal bytes ({bench.scale_name})", "",
-        "Written by `python tests/bench/budget.py`; every run is in `results.jsonl`, step times in `costs.jsonl`. Every model was trained as long as",
-        f"`{name}` ({bench.scale.steps:,} steps; ratio: of the mean step's {spent} to that family's) and fills {bench.scale.model_bytes:,} bytes.",
-        "All read the same text in the same order. bpb of held-out text, in chunks, comparable with each other only: mean ± standard deviation over n",
-        f"seeds; difference: paired by seed, against `{name}` with `{quantiser}`. The cost of quantisation is in nats per token.", "",
-        "![bpb trained and quantised](budget.png)", "",
+        "", f"## Equal {MODES[bench.equal]}", "",
         "| family | quantiser | n | parameters | ratio | steps | tokens/weight | bits/weight | bpb trained | cost, nats | bpb of the artifact | difference |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -294,12 +310,7 @@ def write_page(bench: Bench) -> None:
         scores = f"{spread([row['bits_per_weight'] for row in rows], 2)} | {spread([row['bpb_trained'] for row in rows])} | {spread(taxes)}"
         against = "" if (family, scheme) == (name, quantiser) or not paired else spread(paired, sign="+")
         lines.append(f"| {family} | {scheme} | {len(rows)} | {shape} | {scores} | {spread([row['bpb'] for row in rows])} | {against} |")
-    lines += caps_table(bench)
-    lines += ["", "Settings of the base, then of each family:", "", "```", bench.scale.base.replace(" PRESET", "PRESET"), "```", ""]
-    lines += [f"- {family}: `{bench.scale.families[family].settings}`" for family in dict.fromkeys(family for family, _ in found)]
-    (bench.folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(bench, found)
-    print(f"{bench.folder / 'README.md'}: {len(found)} rows, {sum(map(len, found.values()))} results")
+    return lines + caps_table(bench)
 
 
 def caps_table(bench: Bench) -> list[str]:
@@ -336,7 +347,7 @@ def plot(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str,
         bits = statistics.fmean(row["bits_per_weight"] for row in rows)
         axes.annotate(f"{bits:.2f} b/w", (statistics.fmean(after), at), textcoords="offset points", xytext=(10, -3), fontsize=7)
     axes.set_yticks(range(len(upwards)), [f"{family} ({scheme})" for (family, scheme), _ in upwards], fontsize=8)
-    axes.set_xlabel(f"bits per byte at equal {'time' if bench.equal == 'ms' else 'FLOPs'} and {bench.scale.model_bytes:,} bytes, less is better; circle: mean")
+    axes.set_xlabel(f"bits per byte at equal {MODES[bench.equal]} and {bench.scale.model_bytes:,} bytes, less is better; circle: mean")
     axes.margins(x=0.1)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
@@ -348,7 +359,7 @@ def main() -> None:
     """Measures what the command line asks for, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--equal", choices=("ms", "flops"), default="ms", help="what all families spend alike (default %(default)s)")
+    parser.add_argument("--equal", choices=tuple(MODES), default="ms", help="what all families spend alike (default %(default)s)")
     parser.add_argument("--data", action="append", default=[], metavar="VOCABULARY=DIR", help="shards and tokenizer.model")
     parser.add_argument("--bytes", default="", metavar="B,B", help="export the trained models under these caps too")
     parser.add_argument("--seeds", type=int, default=1, help="paired seeds of each family (default %(default)s)")
