@@ -26,6 +26,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -428,16 +429,16 @@ RECORD_1855 = {
 RECORD_2014 = {
     **RECORD_1855, "ttt_phases": 1, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1",
 }
-# Ours: that record's network and schedule; the quantiser, optimiser and evaluation that our own paired runs prefer (records/DEFAULT.md).
-OURS = {
+# That record's network and schedule with the quantiser, optimiser and evaluation that our own paired runs prefer.
+LOOPED = {
     **RECORD_2014, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
     "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_boost": 2.0,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": OURS,
-    # The bet on fewer bits and more weights: every layer that `default` runs is a layer of its own, at the same FLOPs a token and the same bytes.
-    "unique": {**OURS, "num_layers": 17, "num_loops": 0, "parallel_start_layer": 14},
+    # Ours: every layer that `looped` runs is a layer of its own, at fewer bits a weight in the same bytes (records/DEFAULT.md).
+    "default": {**LOOPED, "num_layers": 17, "num_loops": 0, "xsa_last_n": 17, "parallel_start_layer": 14},
+    "looped": LOOPED,
     # Every setting as listed: 9 x 512 without any optional feature, to build on.
     "plain": {},
     # The challenge's starter script: 9 x 512, int8 + zlib, 1.2244 bpb on 8 H100 (its record 2026-03-17).
@@ -499,7 +500,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parallel_residuals": "lanes", "parallel_start_layer": 3, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,norm,smear",
         "bigram_hash_buckets": 2048, "bigram_hash_dim": 64, "bigram_hash_scale": 0.05, "value_embed_layers": "2,3", "value_embed_dim": 64,
         "train_seq_len": 128, "train_seq_schedule": "64@0.2,128@1", "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
-        "iterations": 680, "max_wallclock_seconds": 225.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
+        "iterations": 680, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
         "muon_momentum_warmup_steps": 100, "muon_row_normalize": True, "normuon_beta2": 0.95, "muon_weight_decay": 0.1, "embed_weight_decay": 0.1,
         "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
         "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50,
@@ -529,7 +530,7 @@ TINY_OF_PRESET: dict[str, dict[str, Any]] = {
     },
     **{
         preset: {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"}
-        for preset in ("default", "unique", "frontier")
+        for preset in ("default", "looped", "frontier")
     },
     "demo": {
         **TINY_SHAPE, "attention_gate_window": 8, "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "train_seq_schedule": "32@0.2,64@1",
@@ -584,6 +585,8 @@ def parse_value(name: str, text: str) -> Any:
         value = int(text) if declared.type == "int" else float(text)
     except ValueError:
         raise ValueError(f"expected {'a whole number' if declared.type == 'int' else 'a number'}") from None
+    if declared.type == "float" and not math.isfinite(value):
+        raise ValueError("expected a finite number")
     if not (low if low is not None else -sys.float_info.max) <= value <= (high if high is not None else sys.float_info.max):
         raise ValueError(f"expected {describe_range(low, high)}")
     return value
@@ -614,7 +617,8 @@ def read_arguments(arguments: Sequence[str], problems: list[str]) -> dict[str, s
         try:
             lines += [line for line in Path(argument[1:]).read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
         except (OSError, ValueError) as error:
-            problems.append(f"{argument}: cannot be read ({error})")
+            hint = f"; did you mean {argument}/config.env?" if Path(argument[1:]).is_dir() else ""
+            problems.append(f"{argument}: cannot be read ({error}){hint}")
     pairs: dict[str, str] = {}
     for line in lines:
         name, equals, value = line.partition("=")
@@ -807,6 +811,8 @@ class World:
         kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError("DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu")
+        if kind == "mps" and not torch.backends.mps.is_available():
+            raise ValueError("DEVICE=mps: this is no Apple GPU; use DEVICE=cpu")
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         self.kernels = Kernels(ATTENTION["sdpa"]())
         self.control: dist.ProcessGroup | None = None
@@ -1031,7 +1037,7 @@ def export_line(e: Mapping[str, Any]) -> str:
     verdict = f"over BYTES_CAP={e['bytes_cap']:,} by {e['bytes_total'] - e['bytes_cap']:,}" if over else f"within {e['bytes_cap']:,}"
     total = f"Total submission size: artifact {e['bytes_model']:,} + code {e['bytes_code']:,} = {e['bytes_total']:,} bytes, {verdict}"
     cost = f"quantised by {e['scheme']}: KL {e['kl']:.6f}, loss {e['loss_change']:+.5f} nats per token on held-out training text" if "kl" in e else ""
-    return "\n".join([*rows, *[cost] * bool(cost), f"\033[31m{total}\033[0m" if over else total])
+    return "\n".join([*rows, *[cost] * bool(cost), total])
 
 
 # What people read is formatted from what machines read, so the two cannot disagree.
@@ -1312,6 +1318,17 @@ def token_bytes(config: Config) -> TokenBytes:
     return table
 
 
+def check_manifest(config: Config) -> None:
+    """Raises ValueError where the manifest beside the shards names another tokenizer than TOKENIZER_PATH, whose bytes per token would be wrong."""
+    path = Path(config.data_path) / "manifest.json"
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # shards without a manifest, or with one of another kind
+        return
+    if hashlib.sha256(Path(config.tokenizer_path).read_bytes()).hexdigest() != stated:
+        raise ValueError(f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer that made these shards, by {path}; name that one")
+
+
 class ValData(NamedTuple):
     """The validation split: every token, and the bytes of every target."""
 
@@ -1326,8 +1343,9 @@ def side_file(path: Path) -> Path:
 
 def load_val(config: Config) -> ValData:
     """Returns the whole validation split. Raises ValueError when it is damaged or shorter than one window, FileNotFoundError without its side files."""
-    table = token_bytes(config)
     paths = find_shards(config, "val")
+    check_manifest(config)
+    table = token_bytes(config)
     shards, sides = [np.array(read_shard(path)) for path in paths], list[np.ndarray]()
     for path, shard in zip(paths, shards, strict=True):
         check_tokens(shard, config.vocab_size, path)
@@ -4770,7 +4788,7 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
         atomic_write(run.folder / "artifact.bin", packed.data)
     total = len(packed.data) + code
     predicted = code + sum(int(row["predicted_bytes"]) for row in predicted_table(model, config, code)[0])
-    run.log.note(f"--plan predicted {predicted:,} bytes, {predicted / total - 1:+.2%} of what it came to")
+    run.log.note(f"--plan predicted {predicted:,} bytes, {abs(predicted / total - 1):.2%} too {'many' if predicted > total else 'few'}")
     sizes = {
         "bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap, "bytes_predicted": predicted,
     }  # fmt: skip
@@ -5278,7 +5296,10 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
         run.log.event("eval", name=name, **scores[name]._asdict())
     final = evaluators[config.final_eval]
     if run.world.is_main:
-        write_scores(config, val, final.ledger.nats, evaluators[names[1]].ledger.nats, document_starts(val.tokens, config.bos_id))
+        try:
+            write_scores(config, val, final.ledger.nats, evaluators[names[1]].ledger.nats, document_starts(val.tokens, config.bos_id))
+        except OSError as problem:  # the score stands without its details
+            run.log.note(f"SCORES_FILE or DOCUMENTS_FILE cannot be written ({problem})")
     if config.audit:
         # Without a clock, which might decide differently each time, and with chunks so short that there is something to learn from.
         audited = run._replace(config=replace(config, eval_seconds=0.0, ttt_chunk_tokens=min(config.ttt_chunk_tokens, config.audit_tokens // 4)))
@@ -5398,16 +5419,27 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
         seconds = 3 * forward * phase.batch_tokens / (ranks * H100_PEAK_FLOPS * PUBLIC_MFU)
         steps = min(config.iterations, int(config.max_wallclock_seconds / seconds)) if config.max_wallclock_seconds else config.iterations
         phases.append({**asdict(phase), "train_flops_per_token": 3 * forward, "estimated_step_ms": 1000 * seconds, "estimated_steps": steps})
+    steps = whole_run_steps(config, {phase: row["estimated_step_ms"] / 1000 for phase, row in zip(Schedule(config).phases(), phases, strict=True)})
     return {
-        "preset": config.preset, "params": sum(row["params"] for row in table), "roles": table, "phases": phases,
+        "preset": config.preset, "params": sum(row["params"] for row in table), "roles": table, "phases": phases, "estimated_steps": steps,
         "predicted_bytes_code": code, "predicted_bytes_total": total, "bytes_cap": config.bytes_cap, "fits": total <= config.bytes_cap,
         "clip_scale": clip_scale,
         "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak", "fitting": what_fits(config, config.bytes_cap - code),
     }
 
 
+def whole_run_steps(config: Config, seconds: Mapping[Phase, float]) -> int:
+    """Returns how many steps a run makes where a step takes so many seconds in each phase."""
+    if not config.max_wallclock_seconds:
+        return config.iterations
+    schedule, parts = Schedule(config), 1000
+    pace = statistics.fmean(1 / seconds[schedule.phase((part + 0.5) / parts)] for part in range(parts))
+    return min(config.iterations, int(config.max_wallclock_seconds * pace))
+
+
 def what_fits(config: Config, budget: int) -> list[dict[str, float]]:
-    """Returns, for several bits per weight, the largest NUM_LAYERS, MLP_MULT and VOCAB_SIZE that `budget` bytes hold, the others as they are."""
+    """Returns, for several bits per weight, the largest NUM_LAYERS, MLP_MULT and VOCAB_SIZE that `budget` bytes hold, the others as they are; those that
+    would have to be less than the least are left out."""
 
     def size(**changes: Any) -> tuple[int, float]:
         with torch.device("meta"):
@@ -5425,8 +5457,9 @@ def what_fits(config: Config, budget: int) -> list[dict[str, float]]:
             more_weights, more_overhead = larger[name]
             grown = getattr(config, name) + unit * (left // (bits_per_weight * (more_weights - weights) + more_overhead - overhead))
             limits = SETTINGS[name.upper()].metadata
-            row[name] = type(unit)(min(max(grown, limits["low"]), limits["high"]))
-        if row["num_layers"] < SETTINGS["NUM_LAYERS"].metadata["high"]:  # only every second layer brings a skip: one more may fit
+            if grown >= limits["low"]:
+                row[name] = type(unit)(min(grown, limits["high"]))
+        if row.get("num_layers", math.inf) < SETTINGS["NUM_LAYERS"].metadata["high"]:  # only every second layer brings a skip: one more may fit
             more_weights, more_overhead = size(num_layers=row["num_layers"] + 1)
             row["num_layers"] += bits_per_weight * more_weights + more_overhead <= 8 * budget
         table.append(row)
@@ -5442,14 +5475,18 @@ def plan_text(planned: Mapping[str, Any]) -> str:
     widened = f", clip factors times {planned['clip_scale']:.3f}" if planned["clip_scale"] > 1 else ""
     lines.append(f"predicted total {planned['predicted_bytes_total']:,} bytes {verdict} BYTES_CAP={planned['bytes_cap']:,}{widened}")
     for row in planned["fitting"]:
-        sizes = f"NUM_LAYERS={row['num_layers']} or MLP_MULT={row['mlp_mult']:.2f} or VOCAB_SIZE={row['vocab_size']}"
+        sizes = " or ".join(
+            f"{name.upper()}={round(value, 2)}{' (the most)' * (value == SETTINGS[name.upper()].metadata['high'])}"
+            for name, value in row.items() if name != "bits_per_weight"
+        )  # fmt: skip
         lines.append(f"  at {row['bits_per_weight']} bits a weight it would be filled by {sizes}")
     for phase in planned["phases"]:
         order = ",".join(map(str, phase["order"]))
         lines.append(f"layers {order}  {phase['seq_len']} tokens a row  qat {int(phase['qat'])}: {phase['train_flops_per_token'] / 1e6:,.1f} MFLOP per token")
         tokens = phase["estimated_steps"] * phase["batch_tokens"]
-        pace = f"{phase['estimated_step_ms']:,.3g} ms a step, {phase['estimated_steps']:,} steps, {tokens / 1e6:,.0f} M tokens"
+        pace = f"{phase['estimated_step_ms']:,.3g} ms a step, {phase['estimated_steps']:,} steps if all were such, {tokens / 1e6:,.0f} M tokens"
         lines.append(f"  {planned['estimate_for']} (estimate): {pace}")
+    lines.append(f"the whole run: about {planned['estimated_steps']:,} steps")
     return "\n".join(lines)
 
 
@@ -5511,6 +5548,8 @@ def stage_inputs(config: Config) -> tuple[Config, dict[str, Any] | None, bytes]:
         checkpoint = read_checkpoint(Path(config.checkpoint or Path(config.runs_dir) / config.run_id / CHECKPOINT_FILES[0]))
         config = with_model_settings(config, checkpoint["settings"])
     if stages == ["eval"]:
+        if not Path(config.artifact).is_file():
+            raise FileNotFoundError(f"{config.artifact}: no such artifact")
         artifact = Path(config.artifact).read_bytes()
         header, _ = artifact_header(artifact, config.artifact)
         try:
@@ -5580,6 +5619,13 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
         run.log.event("result", **result)
         if world.is_main:
             atomic_write(run.folder / "result.json", json.dumps(result, indent=1).encode())
+    except Exception as problem:
+        run.log.note(f"ended by {type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}")
+        raise
+    except SystemExit:
+        if trained or "train" not in stages:  # training says so itself
+            run.log.note(f"stopped; what is finished is kept, and goes on with: python train_gpt.py @{run.folder}/config.env RESUME=1")
+        raise
     finally:
         run.log.close()
     return 3 if sizes.get("bytes_total", 0) > config.bytes_cap else 0
@@ -5630,6 +5676,9 @@ def main(arguments: Sequence[str]) -> int:
     if flags & {"--help", "-h"}:
         show(help_text())
         return 0
+    if "--json" in flags and "--plan" not in flags:
+        print("--json is the form of --plan's answer; use: --plan --json", file=sys.stderr)
+        return 2
     try:
         config = parse_config([argument for argument in arguments if argument not in flags], os.environ)
     except ConfigError as error:

@@ -517,7 +517,7 @@ def check_data(seeds: Sequence[Seed], data: Data, findings: Findings) -> None:
             findings.refuse(what, "every target of the validation split", "name the data of the run with --data")
     what = f"the text is not known to be the challenge's: {data.folder.resolve().name} has {data.documents:,} validation documents"
     expected = f"its whole validation split of {VAL_DOCUMENTS:,} documents, with the manifest that data/download.py writes"
-    findings.demand(data.is_published, what, expected, "python data/download.py --variant sp8192")
+    findings.demand(data.is_published, what, expected, "python data/download.py --repo-id kevclark/parameter-golf --variant sp8192")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------------

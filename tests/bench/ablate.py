@@ -333,6 +333,8 @@ def main() -> None:
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in VARIANTS if any(name.startswith(start.strip()) for start in options.only.split(","))]
+    if not wanted:
+        parser.error(f"--only {options.only}: no variant begins so")
     if options.time:
         time_variants(wanted)
     elif not options.table:

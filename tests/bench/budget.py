@@ -100,12 +100,12 @@ SCALES = {
         8192,
         {
             "looped": Family("", BOTH),
-            "unique": Family("NUM_LAYERS=17 NUM_LOOPS=0 PARALLEL_START_LAYER=14", BOTH),
-            "half looped": Family("NUM_LAYERS=14 NUM_LOOPS=1 LOOP_START=4 LOOP_END=6 PARALLEL_START_LAYER=11"),
-            "unique, QAT": Family("NUM_LAYERS=17 NUM_LOOPS=0 PARALLEL_START_LAYER=14 QAT_START_FRAC=0.9"),
-            "unique, wide MLP": Family("NUM_LAYERS=14 NUM_LOOPS=0 PARALLEL_START_LAYER=11 MLP_MULT=5.5"),
-            "unique, value table": Family("NUM_LAYERS=17 NUM_LOOPS=0 PARALLEL_START_LAYER=14 VALUE_EMBED_LAYERS=14,15,16 VALUE_EMBED_DIM=128"),
-            "unique, 4096 tokens": Family("NUM_LAYERS=17 NUM_LOOPS=0 PARALLEL_START_LAYER=14", vocabulary=4096),
+            "unique": Family("NUM_LAYERS=17 NUM_LOOPS=0 XSA_LAST_N=17 PARALLEL_START_LAYER=14", BOTH),
+            "half looped": Family("NUM_LAYERS=14 NUM_LOOPS=1 LOOP_START=4 LOOP_END=6 XSA_LAST_N=14 PARALLEL_START_LAYER=11"),
+            "unique, QAT": Family("NUM_LAYERS=17 NUM_LOOPS=0 XSA_LAST_N=17 PARALLEL_START_LAYER=14 QAT_START_FRAC=0.9"),
+            "unique, wide MLP": Family("NUM_LAYERS=14 NUM_LOOPS=0 XSA_LAST_N=14 PARALLEL_START_LAYER=11 MLP_MULT=5.5"),
+            "unique, value table": Family("NUM_LAYERS=17 NUM_LOOPS=0 XSA_LAST_N=17 PARALLEL_START_LAYER=14 VALUE_EMBED_LAYERS=14,15,16 VALUE_EMBED_DIM=128"),
+            "unique, 4096 tokens": Family("NUM_LAYERS=17 NUM_LOOPS=0 XSA_LAST_N=17 PARALLEL_START_LAYER=14", vocabulary=4096),
         },
     ),
 }

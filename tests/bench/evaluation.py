@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
-FOLDER = ROOT / "records" / "evaluation_cpu"
-RESULTS = FOLDER / "results.jsonl"
+RECORDS = ROOT / "records" / "evaluation_cpu"
+FOLDER = RECORDS  # of results.jsonl and the page; main() sets it
 BASE: dict[str, Any] = {"ttt_lora_rank": 32, "ttt_lora_lr": 1e-3, "ttt_chunk_tokens": 2048, "ttt_lr": 0.02}
 # label -> evaluation and what it changes
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,14 +81,14 @@ def measure(path: Path, tokens: int, done: set[tuple[str, str]], labels: list[st
         score = train_gpt.Evaluator(run, model, model, val, evaluation, train_gpt.Schedule(config).scored_phase).score()
         row = {"checkpoint": name, "label": label, "targets": score.targets, "val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds}
         row |= {"timed": True} if timed else {}
-        with open(RESULTS, "a", encoding="utf-8") as file:
+        with open(FOLDER / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{name}  {label}: loss {score.val_loss:.4f}  bpb {score.val_bpb:.4f}  {score.seconds:.1f} s", flush=True)
 
 
 def write_page() -> None:
     """Writes the tables from all results."""
-    every = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    every = [json.loads(line) for line in (FOLDER / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     rows, timed = ([row for row in every if row.get("timed", False) is wanted] for wanted in (False, True))
     by_label: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -130,14 +130,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="targets that are scored")
     parser.add_argument("--rows", help="only these rows, by their labels, separated by semicolons")
     parser.add_argument("--cost", action="store_true", help="what the main evaluations cost in time")
+    parser.add_argument("--folder", type=Path, help="where rows and page go (default: a folder beside the first checkpoint)")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
+    missing = [str(path) for path in arguments.checkpoints if not path.is_file()]
+    if missing:
+        parser.error(f"no such checkpoint: {', '.join(missing)}")
+    global FOLDER
+    FOLDER = arguments.folder or (arguments.checkpoints[0].parent / "evaluation" if arguments.checkpoints else RECORDS)
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    RESULTS.touch()
+    (FOLDER / "results.jsonl").touch()
     if arguments.cost:
         measure(arguments.checkpoints[0], 8192, set(), ["chunked", "sliding, stride 64", "ttt_sgd", "ttt_lora", "ttt_phased"], timed=True)
-    done = {(row["checkpoint"], row["label"]) for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    done = {(row["checkpoint"], row["label"]) for row in map(json.loads, (FOLDER / "results.jsonl").read_text(encoding="utf-8").splitlines())}
     for path in [] if arguments.table or arguments.cost else arguments.checkpoints:
         measure(path, arguments.tokens, done, arguments.rows.split(";") if arguments.rows else list(ROWS))
     write_page()

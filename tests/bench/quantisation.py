@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 from train_gpt import Stored  # noqa: E402
 
-FOLDER = ROOT / "records" / "quantisation_cpu"
-RESULTS = FOLDER / "results.jsonl"
+RECORDS = ROOT / "records" / "quantisation_cpu"
+FOLDER = RECORDS  # of results.jsonl and the page; main() sets it
 PUBLIC = {"quant_scheme": "gptq", "matrix_bits": 6, "embed_bits": 7}
 CLIPS = ("attn_clip_sigmas", "mlp_clip_sigmas", "matrix_clip_sigmas", "embed_clip_sigmas")
 CURVE_BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -432,13 +432,13 @@ def measure_loops(bench: Bench) -> None:
 
 def read_results() -> list[dict[str, Any]]:
     """Returns every finished row."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+    return [json.loads(line) for line in (FOLDER / "results.jsonl").read_text(encoding="utf-8").splitlines()] if (FOLDER / "results.jsonl").exists() else []
 
 
 def append(entry: Mapping[str, Any]) -> None:
     """Keeps a finished row."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with (FOLDER / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
     shown = "  ".join(f"{key} {entry[key]:.5g}" for key in ("bytes", "bits_per_weight", "kl", "loss_change") if key in entry)
     print(f"{entry['checkpoint']}  {entry['row']}: {shown}", flush=True)
@@ -557,11 +557,17 @@ def main() -> None:
     parser.add_argument("--curve", action="store_true", help="the tax from 1.5 to 4 bits per weight")
     parser.add_argument("--qat", action="store_true", help="the same with and without late QAT")
     parser.add_argument("--loops", action="store_true", help="looped layers: how the error grows from pass to pass")
+    parser.add_argument("--folder", type=Path, help="where rows and page go (default: a folder beside the first checkpoint)")
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="of the validation split")
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    missing = [str(path) for path in arguments.checkpoints if not path.is_file()]
+    if missing:
+        parser.error(f"no such checkpoint: {', '.join(missing)}")
+    global FOLDER
+    FOLDER = arguments.folder or (arguments.checkpoints[0].parent / "quantisation" if arguments.checkpoints else RECORDS)
     torch.set_num_threads(arguments.threads)
     for path in arguments.checkpoints:
         bench = open_bench(path, arguments.eval_tokens, arguments.calibration_tokens)

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=0, help="show so many of the longest kernels")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="keep the numbers in this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     arms_settings = {"train_gpt": [], **{text: text.split() for text in arguments.others}}
     try:
