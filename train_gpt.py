@@ -216,7 +216,6 @@ class Config:
     rope_base: float = setting(10000.0, "RoPE: longest wavelength is 2 pi times this, in tokens", low=1)
     rope_dims: int = setting(0, "RoPE: rotated dimensions of each head; 0 = all", low=0)
     rope_scaling: str = setting("none", "RoPE in rows longer than TRAIN_SEQ_LEN", choices=("none", "ntk", "yarn"))
-    key_offset_layers: str = setting("", "layers whose keys take their dimensions that RoPE leaves alone from the token before, as 3,10", form=parse_layers)
     xsa_last_n: int = setting(0, "exclusive self-attention in this many last layers", low=0)
     attention_gate_window: int = setting(0, "attention gate per head, from this many dimensions of the layer's input; MODEL_DIM = dense, 0 = off", low=0)
     attention_gate_scale: float = setting(0.5, "attention gate: sigmoid(this * W x)", low=0)
@@ -384,7 +383,7 @@ class Config:
 MODEL_SETTINGS = (
     "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "swiglu", "tie_embeddings",
     "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale", "value_embed_layers",
-    "value_embed_dim", "rope_base", "rope_dims", "key_offset_layers", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
+    "value_embed_dim", "rope_base", "rope_dims", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
     "ln_scale", "skip_connections", "dynamic_skip_last_n", "parallel_residuals", "parallel_start_layer", "num_loops", "loop_start", "loop_end",
     "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len",
 )  # fmt: skip
@@ -436,9 +435,10 @@ LOOPED = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours: every layer that `looped` runs is a layer of its own, at fewer bits a weight in the same bytes (records/DEFAULT.md).
-    "default": {**LOOPED, "num_layers": 17, "num_loops": 0, "xsa_last_n": 17, "parallel_start_layer": 14},
+    # Ours, all of 17 executed layers at 16,000,000 bytes: how many of them have weights of their own decides the bits a weight gets (records/DEFAULT.md).
+    "default": {**LOOPED, "num_layers": 14, "num_loops": 1, "loop_start": 4, "loop_end": 6, "xsa_last_n": 14, "parallel_start_layer": 11},
     "looped": LOOPED,
+    "unique": {**LOOPED, "num_layers": 17, "num_loops": 0, "xsa_last_n": 17, "parallel_start_layer": 14},
     # Every setting as listed: 9 x 512 without any optional feature, to build on.
     "plain": {},
     # The challenge's starter script: 9 x 512, int8 + zlib, 1.2244 bpb on 8 H100 (its record 2026-03-17).
@@ -530,7 +530,7 @@ TINY_OF_PRESET: dict[str, dict[str, Any]] = {
     },
     **{
         preset: {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"}
-        for preset in ("default", "looped", "frontier")
+        for preset in ("default", "looped", "unique", "frontier")
     },
     "demo": {
         **TINY_SHAPE, "attention_gate_window": 8, "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "train_seq_schedule": "32@0.2,64@1",
@@ -688,10 +688,8 @@ def model_rules(c: Config) -> Rules:
     yield not (c.swiglu and c.leaky_relu_slope), "SWIGLU=1 has no squared relu: leave LEAKY_RELU_SLOPE at 0"
     yield not (c.swiglu and c.mlp_post_only), "SWIGLU=1 has no squared relu: leave MLP_POST_ONLY at 0"
     yield sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order"
-    for name, layers in (("VALUE_EMBED_LAYERS", c.value_embed_layers), ("KEY_OFFSET_LAYERS", c.key_offset_layers)):
-        yield max(parse_layers(layers), default=0) < c.num_layers, f"{name}={layers} must name layers below NUM_LAYERS={c.num_layers}"
-    some_stand = not c.key_offset_layers or c.rotated_dims < c.head_dim
-    yield some_stand, f"KEY_OFFSET_LAYERS={c.key_offset_layers} needs ROPE_DIMS below {c.head_dim}, the head's width: it moves what RoPE does not"
+    highest = max(c.value_embed_layer_list, default=0)
+    yield highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}"
     widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
     yield widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
     starts_inside = c.parallel_residuals == "none" or c.parallel_start_layer < c.num_layers
@@ -2429,16 +2427,6 @@ class AddValue(nn.Module):
         return v + self.scale(rows.value)
 
 
-class OffsetKeys(nn.Module):
-    """k (B, K, T, C) with the dimensions that RoPE leaves alone taken from the token before, where the document has one: a layer can then look for what
-    follows a token like this one. Source: modded-nanogpt record 49."""
-
-    def forward(self, k: Tensor, rows: Rows) -> Tensor:
-        rotated = 2 * rows.cos.shape[-1]
-        earlier = F.pad(k[:, :, :-1], (0, 0, 1, 0))
-        return torch.cat((k[..., :rotated], torch.where(rows.follows[:, None] > 0, earlier, k)[..., rotated:]), dim=-1)
-
-
 class ExcludeSelf(nn.Module):
     """Exclusive self-attention: takes from each head's output y (B, H, T, C) its part along the position's own value v (B, K, T, C). Source: PR #265."""
 
@@ -2479,7 +2467,6 @@ class Attention(Part):
         self.qkv = Joined(q=self.q, k=self.k, v=self.v)
         self.declare("q_gain", Role.GAIN, (c.num_heads,), constant(c.qk_gain_init))
         self.add_value = AddValue() if layer in c.value_embed_layer_list else Keep()
-        self.offset_keys = OffsetKeys() if layer in parse_layers(c.key_offset_layers) else Keep()
         self.exclude_self = ExcludeSelf() if layer >= c.num_layers - c.xsa_last_n else Keep()
         self.head_gate = HeadGate(c) if c.attention_gate_window else Keep()
 
@@ -2493,7 +2480,7 @@ class Attention(Part):
         q, k = rms_norm(split(q, self.heads)), rms_norm(split(k, self.kv_heads))
         v = split(self.add_value(v, rows), self.kv_heads)
         q = rotate(q, rows) * self.q_gain.to(q.dtype)[:, None, None]
-        y = rows.attend(q, self.offset_keys(rotate(k, rows), rows), v)
+        y = rows.attend(q, rotate(k, rows), v)
         y = self.head_gate(self.exclude_self(y, v), x)
         return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out", scale)
 
@@ -2647,9 +2634,9 @@ class GatedSkip(ScaledSkip):
 
 
 class DynamicSkip(Part):
-    """x plus what every token takes from the embedding and from the last output of each layer before: x + sum_s (W_s rms(x) / D) source_s, W starting at zero.
+    """x plus what every token takes from the embedding and from the latest output of each layer before: x + sum_s (W_s rms(x) / D) source_s.
 
-    Source: MUDD, arXiv:2502.12170, for the stream alone and without its hidden layer.
+    W starts at zero. Source: MUDD, arXiv:2502.12170, for the stream alone and without its hidden layer.
     """
 
     weight: Tensor
@@ -2658,7 +2645,8 @@ class DynamicSkip(Part):
         super().__init__()
         self.declare("weight", Role.GAIN, (layer + 1, config.model_dim), nn.init.zeros_)
 
-    def forward(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, latest: Mapping[int, Tensor]) -> Tensor:
+        sources = [x0, *(latest[layer] for layer in range(len(self.weight) - 1))]
         shares = F.linear(rms_norm(x, 1 / x.shape[-1]), self.weight.to(x.dtype)).split(1, dim=-1)
         return x + sum(share * source for share, source in zip(shares, sources, strict=True))
 
@@ -2744,16 +2732,16 @@ class GPT(nn.Module):
         lanes: Lanes = (x0,)
         half = len(phase.order) // 2
         skips: list[Tensor] = []
-        outputs: dict[int, Tensor] = {}  # the last of each layer
+        latest: dict[int, Tensor] = {}  # what each layer has put out
         for slot, layer in enumerate(phase.order):
             block: Any = self.blocks[layer]
             first, *others = block.enter(lanes)
             if half <= slot < 2 * half:
                 first = self.skip(first, skips.pop(), slot - half)
-            first = self.dynamic_skips[layer](first, [x0, *(outputs[earlier] for earlier in range(layer))])
+            first = self.dynamic_skips[layer](first, x0, latest)
             first = self.loop_embedding(first, phase.order[:slot].count(layer))
             lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
-            outputs[layer] = lanes[0]
+            latest[layer] = lanes[0]
             if slot < half:
                 skips.append(lanes[0])
         return (lanes[0] + lanes[-1]) / 2

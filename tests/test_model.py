@@ -341,6 +341,7 @@ def reference_losses(model: GPT, config: Config, order: tuple[int, ...], tokens:
     for index, name in enumerate(name for name in config.input_stages.split(",") if on[name]):
         embedded = stage(name, index, embedded)
     stream, second, pushed = embedded, None, []
+    latest: dict[int, list[Tensor]] = {}
     for slot, layer in enumerate(order):
         parallel = config.parallel_residuals if layer >= config.parallel_start_layer else "none"
         if parallel == "lanes" and second is None:
@@ -352,6 +353,11 @@ def reference_losses(model: GPT, config: Config, order: tuple[int, ...], tokens:
             elif config.skip_connections == "gated":
                 share = 1 / (1 + (-weights["skip.gate"][index]).exp())
                 stream = [share * x + (1 - share) * weights["skip.scale"][index] * y for x, y in zip(stream, skip, strict=True)]
+        if layer >= config.num_layers - config.dynamic_skip_last_n:
+            sources = [embedded, *(latest[earlier] for earlier in range(layer))]
+            shares = [weights[f"dynamic_skips.{layer}.weight"] @ norm(x) / config.model_dim for x in stream]
+            drawn = [[share * x for share, x in zip(at, places, strict=True)] for at, places in zip(shares, zip(*sources, strict=True), strict=True)]
+            stream = [x + sum(parts[1:], parts[0]) for x, parts in zip(stream, drawn, strict=True)]
         if config.loop_embedding:
             stream = [x + weights["loop_embedding.vectors"][order[:slot].count(layer)] for x in stream]
         x_in = mixed(layer, stream)
@@ -368,6 +374,7 @@ def reference_losses(model: GPT, config: Config, order: tuple[int, ...], tokens:
         else:
             middle = added(x_in, attended(layer, x_in))
             stream = added(middle, transformed(layer, middle))
+        latest[layer] = stream
         if slot < len(order) // 2:
             pushed.append(stream)
     if second is not None:

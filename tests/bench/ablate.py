@@ -112,7 +112,6 @@ VARIANTS = {
     "rows 32, 64, 128": "TRAIN_SEQ_SCHEDULE=32@0.2,64@0.5,128@1",
     "batch 512, 1024, equal tokens": "TRAIN_BATCH_SCHEDULE=512@0.3,1024@1 ITERATIONS=470",
     "no document mask": "DOC_MASK=0",
-    "key offset > partial rope 12 of 24": "ROPE_DIMS=12 KEY_OFFSET_LAYERS=0,1,2,3",
     "dynamic skips, last 2": "DYNAMIC_SKIP_LAST_N=2",
     "stack": STACK,
     **{
@@ -123,8 +122,6 @@ VARIANTS = {
             "slope 0.3": "LEAKY_RELU_SLOPE=0.3",
             "softcap 30 up, 15 down": "LOGIT_SOFTCAP_NEGATIVE=15",
             "rows 32, 64, 128": "TRAIN_SEQ_SCHEDULE=32@0.1,64@0.7,128@1",
-            "key offset": "KEY_OFFSET_LAYERS=0,1,2,3",
-            "key offset in one layer": "KEY_OFFSET_LAYERS=1",
             "dynamic skips, last 2": "DYNAMIC_SKIP_LAST_N=2",
             "smear after norm": "INPUT_STAGES=bigram,norm,smear",
             "bigram with scale": f"{BIGRAM} BIGRAM_HASH_SCALE=0.05",
@@ -141,6 +138,9 @@ REMOVED = {
     "lr warm-up 20": "LR_WARMUP_STEPS=20",
     "decay 1 - sqrt": "WARMDOWN_SHAPE=sqrt",
     "decay cosine": "WARMDOWN_SHAPE=cosine",
+    "key offset > partial rope 12 of 24": "ROPE_DIMS=12 KEY_OFFSET_LAYERS=0,1,2,3",
+    "stack, key offset > stack": f"{STACK} KEY_OFFSET_LAYERS=0,1,2,3",
+    "stack, key offset in one layer > stack": f"{STACK} KEY_OFFSET_LAYERS=1",
 }
 
 
