@@ -436,7 +436,10 @@ LOOPED = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, all of 17 executed layers at 16,000,000 bytes: how many of them have weights of their own decides the bits a weight gets (records/DEFAULT.md).
-    "default": {**LOOPED, "num_layers": 14, "num_loops": 1, "loop_start": 4, "loop_end": 6, "xsa_last_n": 14, "parallel_start_layer": 11},
+    "default": {
+        **LOOPED, "num_layers": 14, "num_loops": 1, "loop_start": 4, "loop_end": 6, "xsa_last_n": 14, "parallel_start_layer": 11,
+        "input_stages": "bigram,norm,smear", "dynamic_skip_last_n": 2, "value_embed_layers": "12,13",
+    },
     "looped": LOOPED,
     "unique": {**LOOPED, "num_layers": 17, "num_loops": 0, "xsa_last_n": 17, "parallel_start_layer": 14},
     # Every setting as listed: 9 x 512 without any optional feature, to build on.
@@ -530,7 +533,11 @@ TINY_OF_PRESET: dict[str, dict[str, Any]] = {
     },
     **{
         preset: {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"}
-        for preset in ("default", "looped", "unique", "frontier")
+        for preset in ("looped", "unique", "frontier")
+    },
+    "default": {
+        **TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1",
+        "value_embed_layers": "2,3", "value_embed_dim": 16,
     },
     "demo": {
         **TINY_SHAPE, "attention_gate_window": 8, "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "train_seq_schedule": "32@0.2,64@1",

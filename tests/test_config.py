@@ -636,6 +636,10 @@ def test_a_preset_has_exactly_the_parameters_of_the_public_system(preset: str) -
     assert planned_by(parse_config([f"PRESET={preset}"], {}))["params"] == count, source
 
 
+def test_json_without_plan_is_refused(main_output: Any) -> None:
+    assert main_output("--json", "PRESET=demo") == (2, "", "--json is the form of --plan's answer; use: --plan --json\n")
+
+
 NINE, ELEVEN, SEVENTEEN, LOOPED = [*range(9)], [*range(11)], [*range(17)], [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
 HALF_LOOPED = [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
 RAMP = [(ELEVEN, 1024, False), (ELEVEN, 2048, False), (LOOPED, 2048, False), (LOOPED, 3072, False)]

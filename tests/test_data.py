@@ -496,3 +496,18 @@ def test_challenge_tokenizers_count_the_bytes_of_what_they_decode_to(size: int) 
     assert len(known) >= 100
     counted = table.of_targets(split_of(model, known))
     assert counted.sum() == sum(len(model.decode(model.encode(document)).encode()) for document in known)
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"tokenizer": {"sha256": "0"}}', "own"])
+def test_shards_of_another_tokenizer_are_refused_where_their_manifest_says_so(manifest: str, corpus: Path, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """A manifest of another kind says nothing."""
+    for path in corpus.glob("*.bin"):
+        (tmp_path / path.name).symlink_to(path)
+    own = train_gpt.hashlib.sha256((corpus / "tokenizer.model").read_bytes()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": own}}) if manifest == "own" else manifest, encoding="utf-8")
+    config = tiny(DATA_PATH=tmp_path)
+    if "sha256" in manifest:
+        with pytest.raises(ValueError, match=r"TOKENIZER_PATH=.* is not the tokenizer that made these shards, by .*manifest\.json; name that one"):
+            load_val(config)
+    else:
+        assert np.array_equal(load_val(config).target_bytes, load_val(tiny()).target_bytes)

@@ -521,6 +521,7 @@ STARTING_VALUES: dict[str, dict[str, float]] = {
         "stages.0.strength": 0, "stages.0.weight": 0, "stages.1.project.weight": 0, "stages.1.scale.scale": 0.5, "value_embedding.scale.scale": 0.1,
         "blocks.1.attention.add_value.scale.scale": 1, "blocks.3.attention.add_value.scale.scale": 1, "skip.scale": 1, "skip.gate": 0,
         "blocks.3.routes.keep": 1.1, "blocks.3.routes.write": 1, "loop_embedding.vectors": 0,
+        "dynamic_skips.3.weight": 0, "dynamic_skips.4.weight": 0,
     },
     "gptj": {
         "stages.0.project.weight": 0, "stages.2.keep": 3, "value_embedding.scale.scale": 0.1, "blocks.0.attention.add_value.scale.scale": 1,
@@ -649,11 +650,11 @@ def everything() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     return {name: loss_and_gradients(model, model) for name, model in models.items()}
 
 
-@pytest.mark.parametrize(("base", "order", "backend"), [("lanes", (1, 3), "aot_eager"), ("gptj", (0, 2), "eager")])
-def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, order: tuple[int, int], backend: str) -> None:
+@pytest.mark.parametrize(("base", "order", "backend"), [("lanes", (0, 1, 2, 3), "aot_eager"), ("gptj", (0, 2), "eager")])
+def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, order: tuple[int, ...], backend: str) -> None:
     """The next test traces every switch into one graph, but runs that graph as it is; here it goes through the compiler's own passes.
 
-    One layer of each kind, no QAT (test_model.py compiles that) and one with its backward pass, because compiling takes long.
+    One layer of each kind and what its dynamic skip reads, no QAT (test_model.py compiles that) and one with its backward pass, because compiling takes long.
     """
     torch._dynamo.reset()
     eager, model = (named_model(small_config(**{**EVERYTHING[base], "qat_start_frac": 1.0})) for _ in range(2))
