@@ -1,6 +1,6 @@
 """Parameter Golf in one file: train a small GPT, quantise it into `artifact.bin`, read that file back and score it in bits per byte.
 
-    make demo                                                 a CPU, about six minutes, bundled text
+    make demo                                                 a CPU, five to eight minutes, bundled text
     python train_gpt.py PRESET=baseline                       one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py     eight GPUs
     python train_gpt.py --help | --plan [--json]              every setting | what a configuration costs, before it runs

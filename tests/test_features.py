@@ -652,7 +652,7 @@ def everything() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize(("base", "order", "backend"), [("lanes", (0, 1, 2, 3), "aot_eager"), ("gptj", (0, 2), "eager")])
 def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, order: tuple[int, ...], backend: str) -> None:
-    """The next test traces every switch into one graph, but runs that graph as it is; here it goes through the compiler's own passes.
+    """The next test traces what is executed into one graph, but runs that graph as it is; here it goes through the compiler's own passes.
 
     One layer of each kind and what its dynamic skip reads, no QAT (test_model.py compiles that) and one with its backward pass, because compiling takes long.
     """
@@ -662,16 +662,19 @@ def test_with_everything_on_the_compiled_model_is_that_of_eager_mode(base: str, 
     torch.testing.assert_close(compiled, loss_and_gradients(eager, eager, order), rtol=1e-11, atol=1e-12)
 
 
+# These are traced by the compiler as well: they decide what is executed, or what weights pass through.
+TRACED = {"num_loops", "enable_looping_at", "skip_connections", "dynamic_skip_last_n", "parallel_residuals", "swiglu", "quant_scheme", "qat_loop_noise"}
+
+
 @pytest.mark.parametrize(("base", "switch", "value"), SWITCHES)
-def test_each_switch_changes_compiled_losses_and_gradients(
-    base: str, switch: str, value: object, everything: dict[str, tuple[Tensor, dict[str, Tensor]]]
-) -> None:
+def test_each_switch_changes_losses_and_gradients(base: str, switch: str, value: object, everything: dict[str, tuple[Tensor, dict[str, Tensor]]]) -> None:
     config = replace(small_config(**EVERYTHING[base]), **{switch: value})
     assert train_gpt.validate(config) == []
     losses, gradients = everything[base]
     torch._dynamo.reset()
     model = named_model(config)
-    changed, changed_gradients = loss_and_gradients(model, torch.compile(model, fullgraph=True, dynamic=False, backend="eager"))
+    forward = torch.compile(model, fullgraph=True, dynamic=False, backend="eager") if switch in TRACED else model
+    changed, changed_gradients = loss_and_gradients(model, forward)
     assert (changed - losses).abs().max() > 1e-5
     shared = [name for name, gradient in gradients.items() if name in changed_gradients and gradient.shape == changed_gradients[name].shape]
     assert any((gradients[name] - changed_gradients[name]).abs().max() > 1e-5 for name in shared)

@@ -295,7 +295,7 @@ def test_event_is_recorded_for_machines_and_printed_for_people(kind: str, tmp_pa
             "export",
             {"bytes_total": 16050100},
             "  matrix      1,500,000 weights    1,000,000 bytes    5.333 bits/weight\n"
-            "\x1b[31mTotal submission size: artifact 1,000,100 + code 50,000 = 16,050,100 bytes, over BYTES_CAP=16,000,000 by 50,100\x1b[0m",
+            "Total submission size: artifact 1,000,100 + code 50,000 = 16,050,100 bytes, over BYTES_CAP=16,000,000 by 50,100",
         ),
         ("result", {"val_bpb": None, "bytes_total": None, "eval_seconds": None}, "train 600.0 s"),
         ("result", {"train_seconds": None}, "val_bpb 1.2244  bytes 15,863,489 of 16,000,000  eval 1.5 s"),
