@@ -5615,7 +5615,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
         if world.is_main:
             atomic_write(run.folder / "result.json", json.dumps(result, indent=1).encode())
     except Exception as problem:
-        run.log.note(f"ended by {type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}")
+        run.log.note(f"ended by an error: {str(problem) or type(problem).__name__}")
         raise
     except SystemExit:
         if trained or "train" not in stages:  # training says so itself

@@ -1010,6 +1010,33 @@ def test_a_file_in_a_folder_that_does_not_exist_is_refused_before_the_run(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_score_stands_without_its_details(run_here: Callable[..., Ended], reference: Finished, tmp_path: Path) -> None:
+    """Where a folder has the name of the file."""
+    (tmp_path / "scores.npy").mkdir()
+    ended = run_here(tmp_path, STAGES="eval", ARTIFACT=reference.folder / "artifact.bin", FINAL_EVAL="chunked", SCORES_FILE=tmp_path / "scores.npy")
+    assert ended.code == 0 and "SCORES_FILE or DOCUMENTS_FILE cannot be written" in ended.output
+    assert Finished(tmp_path / "runs" / "run", Path(), "").result()["val_bpb"] > 0
+
+
+def test_a_missing_artifact_is_named(run_here: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = run_here(tmp_path, STAGES="eval", ARTIFACT=tmp_path / "none.bin")
+    assert ended.code == 1 and f"error: {tmp_path / 'none.bin'}: no such artifact" in ended.errors
+
+
+@pytest.mark.parametrize("stages", ["eval", "train,export,eval"])
+def test_a_stop_during_the_evaluation_says_how_to_go_on(
+    run_here: Callable[..., Ended], reference: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: str
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(train_gpt, "score_artifact", stopped)
+    ended = run_here(tmp_path, STAGES=stages, ITERATIONS=1, WARMUP_STEPS=0, **({"ARTIFACT": reference.folder / "artifact.bin"} if stages == "eval" else {}))
+    folder = tmp_path / "runs" / "run"
+    assert ended.code == 130 and f"goes on with: python train_gpt.py @{folder}/config.env RESUME=1" in ended.output
+    assert (folder / "artifact.bin").exists() == (stages != "eval")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a score may not depend on
 

@@ -51,6 +51,9 @@ def test_device_auto_is_cpu_without_cuda_and_cuda_is_refused(monkeypatch: pytest
     assert World("auto").device == torch.device("cpu")
     with pytest.raises(ValueError, match=r"DEVICE=cuda: no CUDA device is visible; use DEVICE=cpu"):
         World("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"DEVICE=mps: this is no Apple GPU; use DEVICE=cpu"):
+        World("mps")
 
 
 def test_control_link_returns_the_values_of_the_exchange_before(alone: World) -> None:

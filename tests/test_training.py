@@ -341,6 +341,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(run_here: RunHer
     ended = run_here(tmp_path, WARMUP_STEPS=0, CHECKPOINT_EVERY=2, MAX_SKIPPED_STEPS=0)
     assert ended.code == 1
     assert f"error: step {at_step}: loss nan" in ended.errors and "Traceback" not in ended.errors
+    assert f"ended by an error: step {at_step}: loss nan" in (checkpoint.parent / "log.txt").read_text(encoding="utf-8")
     assert checkpoint.read_bytes() == seen[0]
     assert train_gpt.read_checkpoint(checkpoint)["step"] == (at_step - 1) // 2 * 2
     assert not (checkpoint.parent / "artifact.bin").exists() and not (checkpoint.parent / "result.json").exists()
