@@ -5590,7 +5590,8 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     run = open_run(config, world, signals, source, model)
     run.log.note(chosen)
     counts = {"train_shards": len(loader.shards) if loader else None, "val_tokens": len(val.tokens) - 1 if val else None}
-    run.log.note("  ".join(f"{name}: {count:,}" for name, count in counts.items() if count))
+    if any(counts.values()):
+        run.log.note("  ".join(f"{name}: {count:,}" for name, count in counts.items() if count))
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}
