@@ -3628,7 +3628,7 @@ def inefficiency_bits(curvatures: Sequence[Curvature], grids: Sequence[Grid], sh
 # Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
 # evaluation only the callback `validate`.
 
-CHECKPOINT_VERSION, DIGEST_BYTES = 4, 16
+CHECKPOINT_VERSION, DIGEST_BYTES = 5, 16
 CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and the one before
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
@@ -3700,7 +3700,7 @@ def load_grids(model: GPT, grids: Mapping[str, Tensor]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint: version, settings, step, seconds, finished, state. Raises ValueError when it is not one, or damaged."""
+    """Returns a checkpoint: version, settings, step, skipped, seconds, finished, state. Raises ValueError when it is not one, or damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -3736,14 +3736,15 @@ def content_digest(content: Any) -> str:
     return digest.hexdigest()
 
 
-def write_checkpoint(run: Run, state: TrainingState, step: int, seconds: float, *, finished: bool) -> bool:
+def write_checkpoint(run: Run, state: TrainingState, *, step: int, skipped: int, seconds: float, finished: bool) -> bool:
     """Writes `checkpoint.pt` into the run folder, atomically, and keeps the one before; returns whether it could. Every rank must call it.
 
     Where it cannot be written, the log says so and the run goes on: what it has learnt is still in memory.
     """
     saved = state.save()
     if run.world.is_main:
-        content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), "step": step, "seconds": seconds, "finished": finished, "state": saved}
+        counts = {"step": step, "skipped": skipped, "seconds": seconds, "finished": finished}
+        content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), **counts, "state": saved}
         newest, before = (run.folder / name for name in CHECKPOINT_FILES)
         try:
             with atomic_file(newest, keep=before) as file:
@@ -3905,7 +3906,7 @@ class Trainer:
         self.step = 0
         self.clock = Clock()
         self.logged = Moment(0, 0.0, 0)  # at the last log line
-        self.skipped = self.skipped_running = 0  # steps that were not applied: since the start or resumption, and running
+        self.skipped = self.skipped_running = 0  # steps that were not applied: in all, and running
         self.in_flight: tuple[Moment, HostCopy, Knobs] | None = None  # the latest step, its numbers on their way
 
     def train(self) -> Trained:
@@ -3923,7 +3924,7 @@ class Trainer:
                 raise
             if finished:
                 self.state.averages.apply()
-            saved = write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=finished)
+            saved = self.save(finished=finished)
             signals.deferred = False
             if any(world.gather_objects(signals.received is not None)):
                 number = signals.received or signal.SIGTERM
@@ -4017,7 +4018,7 @@ class Trainer:
             if world.device.type != "cuda" or checkpoint_due or validation_due:
                 self.report()  # only a GPU has reason to work on while the host reads
             if checkpoint_due:
-                write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
+                self.save(finished=False)
             if validation_due:
                 self.validate()
         self.report()
@@ -4026,6 +4027,11 @@ class Trainer:
         if late and self.step < config.iterations:
             self.run.log.note(f"stopping_early: wallclock_cap after step {self.step} of {config.iterations}")
         return late or self.step == config.iterations
+
+    def save(self, *, finished: bool) -> bool:
+        """Writes the checkpoint; returns whether it could. Every rank must call it."""
+        seconds = self.clock.seconds()
+        return write_checkpoint(self.run, self.state, step=self.step, skipped=self.skipped, seconds=seconds, finished=finished)
 
     def moment(self) -> Moment:
         """Returns how far the run has come."""
@@ -4092,7 +4098,7 @@ class Trainer:
             if problems:  # or the next checkpoint would push the damaged one over the one that is whole
                 os.replace(self.run.folder / CHECKPOINT_FILES[0], self.run.folder / "checkpoint_damaged.pt")
         self.state.load(saved["state"])
-        self.step, self.clock = saved["step"], Clock(saved["seconds"])
+        self.step, self.skipped, self.clock = saved["step"], saved["skipped"], Clock(saved["seconds"])
         damage = "".join(f"; not from {problem}" for problem in problems)
         self.run.log.note(f"resumed from {path.name} after step {self.step}, {saved['seconds']:.1f} s into training{damage}")
         return bool(saved["finished"])
@@ -4102,7 +4108,7 @@ class Trainer:
         path = self.run.folder / CHECKPOINT_FILES[0]
         finite = all(bool(parameter.isfinite().all()) for parameter in self.state.model.parameters())
         if self.run.world.from_main(not path.exists()) and finite:
-            write_checkpoint(self.run, self.state, self.step, self.clock.seconds(), finished=False)
+            self.save(finished=False)
         self.run.log.note(f"last good state: {path if path.exists() else 'none (the weights are not finite)'}")
 
 
@@ -4691,8 +4697,16 @@ def fit_clip(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: 
     return best
 
 
-def predicted_table(model: GPT, config: Config, code: int) -> tuple[list[dict[str, Any]], float]:
-    """Returns the predicted bytes by role, and the scale of the clip factors at which `gptq` and `adaptive` fit the cap. `code` is the script's bytes."""
+class Prediction(NamedTuple):
+    """What a configuration will take of the cap."""
+
+    table: list[dict[str, Any]]  # by role
+    bytes_total: int
+    clip_scale: float  # of the clip factors, at which `gptq` and `adaptive` fit
+
+
+def predict_bytes(model: GPT, config: Config, code: int) -> Prediction:
+    """Returns the predicted bytes of the artifact and of the script, which has `code` of them."""
     parts, calibrated = weight_parts(model), config.quant_scheme in ("gptq", "adaptive")
     weights = sum(part.weight.numel() for part in parts.values())
     # `rate` takes what the cap leaves, down to steps too fine to matter.
@@ -4714,9 +4728,10 @@ def predicted_table(model: GPT, config: Config, code: int) -> tuple[list[dict[st
             count = sum(parameter.numel() for parameter in parameters.values())
             total = sum(bits(name, parameter, clip_scale) for name, parameter in parameters.items())
             table.append({"role": role.value, "params": count, "bits": round(total / count, 2), "predicted_bytes": round(total / 8)})
-        excess = sum(int(row["predicted_bytes"]) for row in table) + code - config.bytes_cap
+        bytes_total = sum(int(row["predicted_bytes"]) for row in table) + code
+        excess = bytes_total - config.bytes_cap
         if excess <= 0 or not calibrated or clip_scale > 100:
-            return table, clip_scale
+            return Prediction(table, bytes_total, clip_scale)
         clip_scale *= 2 ** (8 * (excess + 0.001 * config.bytes_cap) / weights)
 
 
@@ -4782,7 +4797,7 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     if world.is_main:
         atomic_write(run.folder / "artifact.bin", packed.data)
     total = len(packed.data) + code
-    predicted = code + sum(int(row["predicted_bytes"]) for row in predicted_table(model, config, code)[0])
+    predicted = predict_bytes(model, config, code).bytes_total
     run.log.note(f"--plan predicted {predicted:,} bytes, {abs(predicted / total - 1):.2%} too {'many' if predicted > total else 'few'}")
     sizes = {
         "bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap, "bytes_predicted": predicted,
@@ -4895,13 +4910,14 @@ class LowRank:
 
     def __init__(self, shape: Sequence[int], documents: int, config: Config, device: torch.device, generator: torch.Generator) -> None:
         (outputs, inputs), rank = shape, config.ttt_lora_rank
-        self.scale = config.ttt_lora_alpha / rank
+        self.scale, self.first = config.ttt_lora_alpha / rank, 0  # the document of row 0
         self.start = ((2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)).to(device)  # of A, the same for every document
         self.a = self.start.repeat(documents, 1, 1).requires_grad_()
         self.b = torch.zeros(documents, outputs, rank, device=device, requires_grad=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        a, b = self.a[: len(x)].to(x.dtype), self.b[: len(x)].to(x.dtype)
+        rows = slice(self.first, self.first + len(x))
+        a, b = self.a[rows].to(x.dtype), self.b[rows].to(x.dtype)
         return self.scale * ((x @ a.mT) @ b.mT)
 
 
@@ -4932,9 +4948,16 @@ class DocumentAdapters:
         tensors = [tensor for part in self.parts for tensor in (part.a, part.b)]
         self.optimizer = torch.optim.AdamW(tensors, c.ttt_lora_lr, (0.0, c.ttt_lora_beta2), eps=1e-10, weight_decay=c.ttt_lora_weight_decay)
 
-    def learn(self, losses: Tensor) -> None:
-        """Takes one step, each document down its own of `losses`."""
-        losses.sum().backward()
+    def serve(self, first: int) -> None:
+        """Lets the rows of a batch be those of the documents from `first` on, which have no gradient yet."""
+        for part in self.parts:
+            part.first = first
+            for tensor in (part.a, part.b):
+                if tensor.grad is not None:
+                    tensor.grad[first:] = 0
+
+    def learn(self) -> None:
+        """Takes one step, each document down the gradient of its own loss."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -5017,6 +5040,7 @@ class Evaluator:
         self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if tilted else None
         self.sgd: torch.optim.SGD | None = None
         self.adapters: DocumentAdapters | None = None
+        self.most_documents = run.config.ttt_lora_batch_docs  # scored in one pass
         self.kept: dict[int, list[Tensor]] = {}  # A of each stream
         self.began, self.adapted, self.is_adapting = time.perf_counter(), 0, True
         self.first_batch = (0.0, 0.0)  # seconds and cost until its end
@@ -5166,8 +5190,7 @@ class Evaluator:
     def score_adapting(self, documents: np.ndarray, adapters: DocumentAdapters) -> None:
         """Scores documents (D, 2), longest first, chunk by chunk; after each chunk the adapters of those that go on learn from it."""
         size, firsts, ends = self.config.ttt_lora_chunk_tokens, documents[:, 0], documents[:, 1]
-        # For few graphs to be compiled: all batches of as many rows, rows of few lengths, always with gradients.
-        is_compiled = self.config.compile
+        is_compiled = self.config.compile  # then few shapes are to be compiled: rows of few lengths
         grain = max(self.window // 8, size) if is_compiled else size
         for chunk in itertools.count():
             begins, stops = firsts + chunk * size, np.minimum(firsts + (chunk + 1) * size, ends)
@@ -5176,19 +5199,41 @@ class Evaluator:
                 return
             windows = np.stack([np.maximum(firsts, firsts + (chunk + 1) * size - self.window), begins, stops], axis=1)[:active]
             length = min(-(-(chunk + 1) * size // grain) * grain, self.window)
-            rows = np.arange(adapters.documents if is_compiled else active) % active
-            with torch.set_grad_enabled(going_on > 0 or is_compiled):
-                loss, scores = self.nats(self.read(windows[rows], length), adapters.slots)
-            self.write(windows, scores)
+            done = 0
+            while done < active:
+                some = windows[done : done + self.most_documents]
+                adapters.serve(done)
+                # Compiled, all batches have as many rows, filled up with repeats, and gradients.
+                rows = np.arange(min(self.most_documents, adapters.documents - done) if is_compiled else len(some)) % len(some)
+                learning = some[: max(going_on - done, 0)]
+                try:
+                    scores = self.score_chunk(some[rows], learning, length, adapters, with_gradients=going_on > done or is_compiled)
+                except torch.OutOfMemoryError:
+                    if len(some) == 1:
+                        raise
+                    scores = None
+                if scores is None:
+                    self.most_documents = fewer = -(-len(some) // 2)
+                    self.log.note(f"out of memory: {self.name} evaluation goes on with {fewer} documents at a time; set TTT_LORA_BATCH_DOCS lower")
+                    continue
+                self.write(some, scores)
+                self.note_progress(3.0 * len(rows) * length)
+                done += len(some)
             if going_on:
-                spans = windows - windows[:, :1]
-                where = torch.from_numpy(spans[:going_on]).to(loss.device)
-                column = torch.arange(length, device=loss.device)
-                chosen = (column >= where[:, 1:2]) & (column < where[:, 2:])
                 for first, end in zip(begins[:going_on], stops[:going_on], strict=True):
                     self.ledger.allow_learning(int(first), int(end))
-                adapters.learn((loss[:going_on] * chosen).sum(dim=1) / size)
-            self.note_progress(3.0 * len(rows) * length)
+                adapters.learn()
+
+    def score_chunk(self, windows: np.ndarray, learning: np.ndarray, length: int, adapters: DocumentAdapters, *, with_gradients: bool) -> Tensor:
+        """Returns the scores (B, T) of windows; the adapters of the first of them, those `learning`, get the gradient of their loss."""
+        with torch.set_grad_enabled(with_gradients):
+            loss, scores = self.nats(self.read(windows, length), adapters.slots)
+        if len(learning):
+            spans = torch.from_numpy(learning - learning[:, :1]).to(loss.device)
+            column = torch.arange(length, device=loss.device)
+            chosen = (column >= spans[:, 1:2]) & (column < spans[:, 2:])
+            (loss[: len(learning)] * chosen).sum().div(self.config.ttt_lora_chunk_tokens).backward()
+        return scores.detach()
 
     # -- Learning
 
@@ -5402,8 +5447,7 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = GPT(config)
     code = code_bytes(source)
-    table, clip_scale = predicted_table(model, config, code)
-    total = sum(int(row["predicted_bytes"]) for row in table) + code
+    predicted = predict_bytes(model, config, code)
     phases = []
     tied = sum(part.weight.numel() for part in model.embedding.modules() if isinstance(part, Weight)) if config.tie_embeddings else 0
     outside = matrix_weights(model) - matrix_weights(model.blocks) + tied
@@ -5416,9 +5460,9 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
         phases.append({**asdict(phase), "train_flops_per_token": 3 * forward, "estimated_step_ms": 1000 * seconds, "estimated_steps": steps})
     steps = whole_run_steps(config, {phase: row["estimated_step_ms"] / 1000 for phase, row in zip(Schedule(config).phases(), phases, strict=True)})
     return {
-        "preset": config.preset, "params": sum(row["params"] for row in table), "roles": table, "phases": phases, "estimated_steps": steps,
-        "predicted_bytes_code": code, "predicted_bytes_total": total, "bytes_cap": config.bytes_cap, "fits": total <= config.bytes_cap,
-        "clip_scale": clip_scale,
+        "preset": config.preset, "params": sum(row["params"] for row in predicted.table), "roles": predicted.table, "phases": phases, "estimated_steps": steps,
+        "predicted_bytes_code": code, "predicted_bytes_total": predicted.bytes_total, "bytes_cap": config.bytes_cap,
+        "fits": predicted.bytes_total <= config.bytes_cap, "clip_scale": predicted.clip_scale,
         "estimate_for": f"{ranks} x H100 at {PUBLIC_MFU:.0%} of peak", "fitting": what_fits(config, config.bytes_cap - code),
     }
 
@@ -5568,12 +5612,24 @@ def open_run(config: Config, world: World, signals: StopSignals, source: str, mo
     return run
 
 
+def note_surprises(run: Run, asked: Config, model: GPT) -> None:
+    """Logs model settings that are not those `asked` for, because a checkpoint or an artifact brings its own, and that the run will not fit the cap."""
+    config = run.config
+    brought = [f"{name.upper()}={format_value(getattr(config, name))}" for name in MODEL_SETTINGS if getattr(config, name) != getattr(asked, name)]
+    if brought:
+        run.log.note(f"the {'checkpoint' if 'export' in config.stage_list else 'artifact'} brings its own {' '.join(brought)}")
+    if "export" in config.stage_list and run.world.is_main:
+        expected = predict_bytes(model, config, code_bytes(run.source)).bytes_total
+        if expected > config.bytes_cap:
+            run.log.note(f"{expected:,} bytes expected, more than BYTES_CAP={config.bytes_cap:,}: the run will end with exit code 3; see --plan")
+
+
 def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     """Trains, exports, reads the artifact back and scores it, as STAGES says; returns the exit code."""
     stages, source = config.stage_list, Path(__file__).read_text(encoding="utf-8")
     if not config.run_id:
         config = replace(config, run_id=world.from_main(f"{datetime.now():%Y%m%d-%H%M%S}-{config.preset}"))
-    config, checkpoint, artifact = stage_inputs(config)
+    asked, (config, checkpoint, artifact) = config, stage_inputs(config)
     if "train" in stages:
         for phase in Schedule(config).phases():
             rows_per_forward(config, phase, world.size)  # refuses a batch that the ranks cannot share
@@ -5589,6 +5645,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     world.copy_from_main([parameter.data for parameter in model.parameters()])  # drawn alike on equal machines, but nothing promises it
     run = open_run(config, world, signals, source, model)
     run.log.note(chosen)
+    note_surprises(run, asked, model)
     counts = {"train_shards": len(loader.shards) if loader else None, "val_tokens": len(val.tokens) - 1 if val else None}
     if any(counts.values()):
         run.log.note("  ".join(f"{name}: {count:,}" for name, count in counts.items() if count))

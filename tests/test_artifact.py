@@ -1207,6 +1207,7 @@ def test_a_cap_that_leaves_next_to_nothing_is_reported_with_what_would_fit_and_t
     ended = run_here(tmp_path, **{**FILLING, "ITERATIONS": 1, "BYTES_CAP": CODE_BYTES - 8_000}, WARMUP_STEPS=0)
     assert ended.code == 3, ended.errors
     assert "do not fit" in ended.output and f"over BYTES_CAP={CODE_BYTES - 8_000:,}" in ended.output
+    assert f"more than BYTES_CAP={CODE_BYTES - 8_000:,}: the run will end with exit code 3" in ended.output.partition("trained 1 steps")[0], "said before"
     assert Finished(tmp_path / "runs" / "run", Path(), "").result()["val_bpb"] > 0
 
 
@@ -1221,6 +1222,8 @@ def test_an_artifact_over_the_cap_is_kept_and_scored_and_the_exit_code_is_3(run_
     assert result["bytes_cap"] == 50_000 < result["bytes_total"] and result["val_bpb"] > 0
     fits = run_here(tmp_path, RUN_ID="fits", ITERATIONS=1, WARMUP_STEPS=0, BYTES_CAP=result["bytes_total"])
     assert fits.code == 0 and "over BYTES_CAP" not in fits.output, "the cap itself is allowed"
+    rescored = run_here(tmp_path, RUN_ID="rescored", STAGES="eval", ARTIFACT=folder / "artifact.bin", MODEL_DIM=128)
+    assert rescored.code == 0 and "the artifact brings its own MODEL_DIM=" in rescored.output, "settings that the artifact overrules are named"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -130,13 +130,14 @@ def test_one_bad_step_more_than_allowed_stops_the_run_with_a_state_to_go_on_from
     run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        spoil_steps(patched, dict.fromkeys((5, 6, 7), lambda loss: loss * math.nan))
+        spoil_steps(patched, dict.fromkeys((2, 5, 6, 7), lambda loss: loss * math.nan))
         ended = run_here(tmp_path, **TRAIN, MAX_SKIPPED_STEPS=2, CHECKPOINT_EVERY=4)
     assert ended.code == 1 and "Traceback" not in ended.errors
     assert "step 7: loss nan" in ended.errors and "nor were the 2 before it" in ended.errors and "lower learning rate" in ended.errors
     assert "last good state" in ended.output and latest(run_folder(tmp_path))["step"] == 4
     resumed = run_here(tmp_path, **TRAIN, RESUME=1)
     assert resumed.code == 0, resumed.errors
+    assert Finished(run_folder(tmp_path), Path(), "").result()["skipped_steps"] == 1, "of the steps that led to the final weights, whoever made them"
 
 
 RANK_1_HAS_AN_INFINITE_GRADIENT_IN_STEP_5 = """
@@ -419,16 +420,24 @@ def test_a_run_whose_folder_becomes_read_only_names_what_it_cannot_write_and_goe
 # Out of memory
 
 
-def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Makes a forward pass of more rows than this run out of memory."""
-    real = train_gpt.GPT.forward
+def run_out_of_memory(*_: Any) -> None:
+    """Does what PyTorch does without memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation.")
 
-    def forward(self: train_gpt.GPT, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if len(tokens) > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation.")
-        return real(self, tokens, *args, **options)
 
-    monkeypatch.setattr(train_gpt.GPT, "forward", forward)
+def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int, *, in_backward: bool = False) -> None:
+    """Makes a pass over more rows than this run out of memory: forward, or in the middle of backward."""
+    real = train_gpt.GPT.hidden
+
+    def hidden(self: train_gpt.GPT, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        x = real(self, tokens, *args)
+        if len(tokens) > rows and in_backward and x.requires_grad:
+            x.register_hook(run_out_of_memory)
+        elif len(tokens) > rows and not in_backward:
+            run_out_of_memory()
+        return x
+
+    monkeypatch.setattr(train_gpt.GPT, "hidden", hidden)
 
 
 @pytest.mark.parametrize("rows", [16, 1])
@@ -446,6 +455,25 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches_and_
         notes = [line for line in ended.output.splitlines() if line.startswith(f"out of memory: {name} evaluation")]
         expected = [batch for batch in (16, 8, 4, 2, 1) if batch >= rows]
         assert [note.partition("goes on with ")[2] for note in notes] == [f"{batch} windows at a time; set VAL_BATCH_SIZE lower" for batch in expected]
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
+def test_documents_that_learn_without_memory_for_all_of_them_go_on_in_smaller_batches_with_the_same_scores(
+    run_here: RunHere, reference: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_backward: bool
+) -> None:
+    settings = {
+        **REFERENCE, "STAGES": "eval", "ARTIFACT": reference.folder / "artifact.bin", "VAL_BATCH_SIZE": 32, "FINAL_EVAL": "ttt_lora", "TTT_LORA_BATCH_DOCS": 5,
+        "TTT_LORA_CHUNK_TOKENS": 8, "TTT_LORA_RANK": 2, "TTT_LORA_LR": 0.01,
+    }  # fmt: skip
+    whole = run_here(tmp_path, **settings, RUN_ID="whole", SCORES_FILE=tmp_path / "whole.npy")
+    assert whole.code == 0 and "out of memory" not in whole.output, whole.errors
+    limit_memory(monkeypatch, 2, in_backward=in_backward)
+    ended = run_here(tmp_path, **settings, SCORES_FILE=tmp_path / "scores.npy")
+    assert ended.code == 0, ended.errors
+    scores, expected = (np.load(tmp_path / f"{name}.npy") for name in ("scores", "whole"))
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    notes = [line.partition("goes on with ")[2] for line in ended.output.splitlines() if line.startswith("out of memory: ttt_lora evaluation")]
+    assert notes == [f"{batch} documents at a time; set TTT_LORA_BATCH_DOCS lower" for batch in (3, 2)]
 
 
 def test_an_evaluation_without_memory_for_one_window_ends_in_one_error_and_keeps_the_artifact(
