@@ -13,7 +13,7 @@ demo: .venv/installed $(DEMO_DATA)
 	$(BIN)/python train_gpt.py PRESET=demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --vocab-size 1024
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --tokenizer fineweb_1024_bpe.model --val-docs 50000
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/mine --vocab-size 8192 --caseops --fuse-markers
-
     python data/tokenize_docs.py --input docs.jsonl.xz --output data/datasets/bytes --vocab-size 260
 
 Input is read as a stream, so memory holds the work in flight, one shard, and the tokenizer's training sample, however large the corpus is.
@@ -745,7 +744,7 @@ def positive(text: str) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options. Raises InputError for a wrong command line."""
-    parser = Parser(description="Turn documents into a tokenizer and token shards.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
         metavar="FILE",
@@ -757,7 +756,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to create")
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="MODEL", type=Path, help="SentencePiece model to use; without it one is trained")
-    tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of the tokenizer to train; 256 or 260: the bytes")
+    tokenizer.add_argument("--vocab-size", metavar="N", type=positive, default=1024, help="size of a new tokenizer (default 1024); 256 or 260: the bytes")
     parser.add_argument("--as-in-challenge", action="store_true", help="train it with the challenge's own options, which lose whitespace and rare characters")
     parser.add_argument("--caseops", action="store_true", help="turn capitals into markers first; also write byte shards for the validation split")
     parser.add_argument("--fuse-markers", action="store_true", help="with --caseops: one token for a space and the marker after it")
@@ -766,14 +765,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f'leading documents held out for validation, or "all"; without it a tenth of them, at most {MAX_DEFAULT_VAL_DOCS:,}',
     )
-    parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens per shard")
-    parser.add_argument("--workers", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes that encode")
+    parser.add_argument("--shard-tokens", metavar="N", type=positive, default=100_000_000, help="tokens per shard (default 100,000,000)")
+    parser.add_argument("--workers", metavar="N", type=positive, default=os.cpu_count() or 1, help="processes that encode (default: all cores)")
     parser.add_argument(
         "--train-sample-bytes",
         metavar="N",
         type=positive,
         default=100_000_000,
-        help="the tokenizer is trained on the leading training documents up to this much text, held in memory",
+        help="the tokenizer is trained on the leading training documents up to this much text, held in memory (default 100,000,000)",
     )
     parser.add_argument("--force", action="store_true", help="replace DIR if it holds an earlier output of this tool")
     options = parser.parse_args(arguments)

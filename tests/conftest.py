@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
-import pytest
-import sentencepiece
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # of every process that a test starts, too: threads beyond the cores, which tests side by side fill, wait for each other
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "data", ROOT / "records"):
@@ -34,8 +36,6 @@ import train_gpt  # noqa: E402
 
 # What the script itself takes of BYTES_CAP: caps of tiny runs are given beyond it.
 CODE_BYTES = train_gpt.code_bytes((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-
-torch.set_num_threads(1)
 
 SENTENCES = ["the cat sat on the mat", "a dog, a log\nand a frog", "Größe und Maß: 12 %", "naïve café ☕", "  two  spaces  ", "to be or not to be"]
 
@@ -116,7 +116,7 @@ def run_script(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         arguments = tiny_arguments(corpus, vocab, **{"RUNS_DIR": folder / "runs", "RUN_ID": "run", **settings})
-        environment = {**{k: v for k, v in os.environ.items() if k not in train_gpt.SETTINGS}, "OMP_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if name not in train_gpt.SETTINGS}
         return subprocess.run([*launcher, str(script), *arguments, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
     return run
@@ -125,7 +125,7 @@ def run_script(corpus: Path, tiny: Callable[..., train_gpt.Config]) -> Callable[
 def clean_environment() -> dict[str, str]:
     """This process's environment without settings of the script or a launcher, for scripts that a test runs."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    return {**{name: value for name, value in os.environ.items() if name not in (*train_gpt.SETTINGS, *launcher)}, "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if name not in (*train_gpt.SETTINGS, *launcher)}
 
 
 class Ended(NamedTuple):

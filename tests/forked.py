@@ -81,6 +81,6 @@ def start(script: Path, arguments: Sequence[str], environment: Mapping[str, str]
         launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
         place = (str(script), list(arguments), {**environment, **launcher}, str(folder), str(output))
         processes.append(context.Process(target=become_script, args=place, daemon=True))
-        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "OMP_NUM_THREADS": "1"}):  # for the server, at its start
+        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}):  # for the server, at its start
             processes[-1].start()
     return Ranks(processes, output)

@@ -1074,7 +1074,7 @@ def read_altered(folder: Path, first: int, count: int) -> None:
     print(json.dumps({"outcomes": outcomes, "slowest": slowest}))
 
 
-ALTERATIONS = 280  # of each kind
+ALTERATIONS = 140  # of each kind; `make soak` tries thousands
 
 
 def test_altered_artifacts_are_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
@@ -1087,7 +1087,7 @@ def test_altered_artifacts_are_read_or_refused_and_nothing_else(tmp_path: Path) 
     assert ended.returncode == 0, ended.stderr[-3000:]
     report = json.loads(ended.stdout)
     outcomes = Counter(report["outcomes"])
-    assert sum(outcomes.values()) == len(KINDS) * ALTERATIONS > 2000 and report["slowest"] < 5
+    assert sum(outcomes.values()) == len(KINDS) * ALTERATIONS > 1000 and report["slowest"] < 5
     for kind in KINDS:
         assert outcomes[f"{kind} refused"] == ALTERATIONS // 2, "the digest"
         assert outcomes[f"{kind} resealed refused"] + outcomes[f"{kind} resealed read"] == ALTERATIONS // 2

@@ -256,7 +256,6 @@ def test_a_run_of_two_ranks_by_a_packed_script_scores_again_under_torchrun(
     two_ranks: Finished, make: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "ranks_here", lambda seed: 2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     made = make([two_ranks.folder])
     again = made.submission["rescored"]["1337"]
     assert again["machine"].startswith("2 x ")

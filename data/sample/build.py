@@ -5,12 +5,12 @@ The same texts give the same JSON lines on every machine, and the same compresse
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import hashlib
 import json
 import lzma
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,12 @@ def in_order(works: list[Work]) -> list[Work]:
 
 def main() -> None:
     """Writes the sample next to this file and prints the table of README.md."""
-    works = in_order(read_works(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of the texts")
+    folder = parser.parse_args().folder
+    if not (folder / "metadata.txt").is_file():
+        parser.error(f"{folder} holds no metadata.txt; name the folder of the package's texts")
+    works = in_order(read_works(folder))
     lines = "".join(json.dumps(work._asdict()) + "\n" for work in works)
     TARGET.write_bytes(lzma.compress(lines.encode("ascii"), preset=9 | lzma.PRESET_EXTREME))
     for number, work in enumerate(works, start=1):

@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of families, separated by semicolons; the first family is always the reference")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default %(default)s)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "budget", help="where runs are kept (default %(default)s)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "budget", help="where runs are kept (default runs/budget)")
     parser.add_argument("--table", action="store_true", help="only write the page")
     options = parser.parse_args()
     data = {int(vocabulary): Path(folder).resolve() for vocabulary, _, folder in (text.partition("=") for text in options.data)}

@@ -463,7 +463,7 @@ def test_documents_that_learn_without_memory_for_all_of_them_go_on_in_smaller_ba
 ) -> None:
     settings = {
         **REFERENCE, "STAGES": "eval", "ARTIFACT": reference.folder / "artifact.bin", "VAL_BATCH_SIZE": 32, "FINAL_EVAL": "ttt_lora", "TTT_LORA_BATCH_DOCS": 5,
-        "TTT_LORA_CHUNK_TOKENS": 8, "TTT_LORA_RANK": 2, "TTT_LORA_LR": 0.01,
+        "TTT_LORA_CHUNK_TOKENS": 16, "TTT_LORA_RANK": 2, "TTT_LORA_LR": 0.01, "TTT_LORA_TARGETS": "q,down,head",
     }  # fmt: skip
     whole = run_here(tmp_path, **settings, RUN_ID="whole", SCORES_FILE=tmp_path / "whole.npy")
     assert whole.code == 0 and "out of memory" not in whole.output, whole.errors
