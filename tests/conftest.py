@@ -17,10 +17,10 @@ from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of every process that a test starts, too: threads beyond the cores, which tests side by side fill, wait for each other
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import sentencepiece  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import sentencepiece
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "data", ROOT / "records"):
