@@ -82,6 +82,8 @@ SCALES = {
             "unique": Family("NUM_LAYERS=5", BOTH),
             "half looped": Family("NUM_LAYERS=4 NUM_LOOPS=1 LOOP_START=2 LOOP_END=2 ENABLE_LOOPING_AT=0.35"),
             "unique, QAT": Family("NUM_LAYERS=5 QAT_START_FRAC=0.85"),
+            "unique, longer QAT": Family("NUM_LAYERS=5 QAT_START_FRAC=0.7"),
+            "half looped, QAT": Family("NUM_LAYERS=4 NUM_LOOPS=1 LOOP_START=2 LOOP_END=2 ENABLE_LOOPING_AT=0.35 QAT_START_FRAC=0.85"),
             "unique, deeper": Family("NUM_LAYERS=7"),
             "unique, wide MLP": Family("NUM_LAYERS=5 MLP_MULT=6"),
             "unique, one KV head": Family("NUM_LAYERS=5 NUM_KV_HEADS=1"),

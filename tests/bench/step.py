@@ -113,7 +113,8 @@ def their_arm(path: Path, config: train_gpt.Config, phase: train_gpt.Phase, devi
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shaped = replace(config, train_seq_len=phase.seq_len)
+    loops = config.num_loops if len(phase.order) > config.num_layers else 0
+    shaped = replace(config, train_seq_len=phase.seq_len, train_batch_tokens=phase.batch_tokens, num_loops=loops)
     rows = Rows(config).next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, train_gpt.World("cpu")).to(device)
     torch.manual_seed(config.seed)
     eager, step = module.opponent(replace(shaped, compile=False), device), module.opponent(shaped, device)
