@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ttt_sgd": ("ttt_sgd", {}),
     "ttt_sgd, rate 0.05": ("ttt_sgd", {"ttt_lr": 0.05}),
     "ttt_lora": ("ttt_lora", {}),
+    "ttt_lora, tilt 2": ("ttt_lora", {"tilt_boost": 2.0}),
     "ttt_lora, rate 0.0001": ("ttt_lora", {"ttt_lora_lr": 1e-4}),
     "ttt_lora, rate 0.0003": ("ttt_lora", {"ttt_lora_lr": 3e-4}),
     "ttt_lora, rate 0.003": ("ttt_lora", {"ttt_lora_lr": 3e-3}),
