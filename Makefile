@@ -13,7 +13,7 @@ demo: .venv/installed $(DEMO_DATA)
 	$(BIN)/python train_gpt.py PRESET=demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal  # or every process that a test starts compiles train_gpt.py anew
 
 check: .venv/installed
 	$(BIN)/ruff check .
