@@ -12,8 +12,9 @@ DEMO_DATA := data/datasets/shakespeare_sp1024
 demo: .venv/installed $(DEMO_DATA)
 	$(BIN)/python train_gpt.py PRESET=demo
 
+# Byte code is kept, or every process that a test starts would compile train_gpt.py anew.
 test: .venv/installed
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal  # or every process that a test starts compiles train_gpt.py anew
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check .
