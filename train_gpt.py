@@ -4517,6 +4517,7 @@ def take_count(value: Any) -> int:
     return value
 
 
+@cache
 def pack_script(source: str) -> bytes:
     """Returns the script as it would be submitted: without comments and docstrings, compressed, and able to run itself.
 
