@@ -347,7 +347,7 @@ def plot(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str,
             axes.plot(values, [at] * len(values), ".", color=colour, markersize=5, zorder=3, label=label if at == 0 else None)
             axes.plot([statistics.fmean(values)], [at], "o", color=colour, markersize=8, markerfacecolor="none", zorder=2)
         bits = statistics.fmean(row["bits_per_weight"] for row in rows)
-        axes.annotate(f"{bits:.2f} b/w", (statistics.fmean(after), at), textcoords="offset points", xytext=(10, -3), fontsize=7)
+        axes.annotate(f"{bits:.2f} b/w", (max(before + after), at), textcoords="offset points", xytext=(10, -3), fontsize=7)
     axes.set_yticks(range(len(upwards)), [f"{family} ({scheme})" for (family, scheme), _ in upwards], fontsize=8)
     axes.set_xlabel(f"bits per byte at equal {MODES[bench.equal]} and {bench.scale.model_bytes:,} bytes, less is better; circle: mean")
     axes.margins(x=0.1)
