@@ -14,6 +14,7 @@ Shape letters: B batch rows, T positions in a row, D model width, H query heads,
 from __future__ import annotations
 
 import ast
+import ctypes
 import difflib
 import hashlib
 import importlib
@@ -804,6 +805,20 @@ class Transfer(NamedTuple):
         return self.tensor
 
 
+def keep_freed_memory() -> None:
+    """Lets Linux's C library keep what is freed for the next use of it.
+
+    Otherwise it hands activations back to the system at the end of every step and gets them again page by page: 4,000 page faults a step of
+    `PRESET=demo`, 2 to 8% of its time. Libraries without such a switch are left as they are.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
+    try:
+        for option in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
+    except (AttributeError, OSError, TypeError):  # not glibc; on Windows None is no library
+        pass
+
+
 class World:
     """The ranks of this run: the only place that calls a process group."""
 
@@ -819,6 +834,8 @@ class World:
         if kind == "mps" and not torch.backends.mps.is_available():
             raise ValueError("DEVICE=mps: this is no Apple GPU; use DEVICE=cpu")
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cpu":
+            keep_freed_memory()
         self.kernels = Kernels(ATTENTION["sdpa"]())
         self.control: dist.ProcessGroup | None = None
         if kind == "cuda":
@@ -1895,13 +1912,15 @@ if triton is not None:
 def cross_entropy(logits: Tensor, targets: Tensor, positive: float, negative: float) -> tuple[Tensor, Tensor]:
     """Returns (losses (N,), their gradients by the logits): of raw logits (N, V), softcapped in between. The plain form of `fused_cross_entropy`."""
     raw = logits if logits.dtype == torch.float64 else logits.float()
-    bound = torch.where(raw > 0, positive, negative)
-    share = torch.tanh(raw / bound)
-    capped = bound * share
-    normaliser = capped.logsumexp(dim=1, keepdim=True)
-    losses = (normaliser - capped.gather(1, targets[:, None]))[:, 0]
-    slopes = (capped - normaliser).exp().scatter_add(1, targets[:, None], -torch.ones_like(normaliser))
-    return losses, (slopes * (1 - share * share)).to(logits.dtype)
+    bound = positive if positive == negative else torch.where(raw > 0, positive, negative).to(raw.dtype)
+    half = torch.sigmoid(raw * (2 / bound))  # (1 + tanh(raw / bound)) / 2: the compiler keeps a sigmoid, and computes tanh anew at every use
+    capped = (bound * (2 * half)).sub_(bound)
+    top, hits = capped.amax(dim=1, keepdim=True), capped.gather(1, targets[:, None])
+    shares = capped.sub_(top).exp_()
+    total = shares.sum(dim=1, keepdim=True)
+    losses = top + total.log() - hits
+    slopes = shares.div_(total).scatter_add_(1, targets[:, None], -torch.ones_like(losses))
+    return losses[:, 0], slopes.mul_(half.addcmul_(half, half, value=-1)).mul_(4).to(logits.dtype)
 
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=(), schema="(Tensor logits, Tensor targets, float positive, float negative) -> (Tensor, Tensor)")
@@ -2132,10 +2151,23 @@ def rotary_frequencies(config: Config, length: int, device: torch.device | str =
     return frequencies
 
 
+# An operator of its own, which the compiler leaves whole: it would compute the same cosines anew for every head of every layer, forward and backward.
+@torch.library.custom_op("golf::cos_sin", mutates_args=(), schema="(Tensor frequencies, int length) -> (Tensor, Tensor)")
+def cos_sin(frequencies: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Returns cosine and sine of positions (length,) times frequencies (F,) in radians per position: (length, F) each."""
+    angles = torch.outer(torch.arange(length, device=frequencies.device, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+@cos_sin.register_fake
+def _(frequencies: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    return frequencies.new_empty(length, len(frequencies)), frequencies.new_empty(length, len(frequencies))
+
+
 def rotary_table(config: Config, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of RoPE's angles, each (length, rotated / 2)."""
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), rotary_frequencies(config, length, device))
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = cos_sin(rotary_frequencies(config, length, device), length)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, rows: Rows) -> Tensor:
@@ -2766,11 +2798,12 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T); of K targets at each position, (B, T, K) -> (B, T, K)."""
         c = self.config
-        if "cross_entropy" in self.kernels.names and not adapters and targets.dim() == 2:
+        if torch.is_grad_enabled() and not adapters and targets.dim() == 2:
             x = self.head.thin(rms_norm(self.hidden(tokens, phase, None)), phase).flatten(0, 1)
             bounds = (c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
             matrix, fp8 = self.head.matrix(phase).to(x.dtype), self.head.product is float8_linear
-            return HeadLoss.apply(x, matrix, targets.flatten(), bounds, fused_cross_entropy, fp8).view_as(targets)
+            kernel = fused_cross_entropy if "cross_entropy" in self.kernels.names else cross_entropy
+            return HeadLoss.apply(x, matrix, targets.flatten(), bounds, kernel, fp8).view_as(targets)
         logits = self.logits(tokens, phase, adapters)
         if targets.dim() == 3:
             return logits.logsumexp(dim=-1, keepdim=True) - logits.gather(2, targets)
@@ -2824,7 +2857,7 @@ def orthogonalise(matrices: Tensor, steps: int, coefficients: str, product: Call
     else:
         for a, b, c in polynomials[:steps]:
             gram = product(x)
-            x = a * x + product(gram, gram, c, b) @ x
+            x = torch.baddbmm(x, product(gram, gram, c, b), x, beta=a)
     return x.transpose(1, 2) if tall else x
 
 
@@ -2846,13 +2879,45 @@ def take_gradients(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> 
     return gradients
 
 
-def compiled(function: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """Returns `function`, compiled if COMPILE says so: one graph for every combination of shapes and phase that it meets."""
     if not config.compile:
         return function
     # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
     torch._dynamo.config.recompile_limit = max(32, 2 * len(Schedule(config).phases()) + 4)
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class Move(NamedTuple):
+    """How far some weights go in a step."""
+
+    weights: list[Tensor]
+    updates: list[Tensor]
+    rate: Tensor  # what the updates are multiplied by, ()
+    shrinkage: Tensor | None  # the part of the weights that weight decay takes, (); None without weight decay
+    is_cautious: bool  # decay spares the weights that the update makes larger: those whose sign is not the update's (arXiv:2510.12402)
+
+
+def move(moves: Sequence[Move]) -> None:
+    """Moves weights in place: w <- w - shrinkage w - rate update."""
+    for weights, updates, rate, shrinkage, is_cautious in moves:
+        if shrinkage is not None and is_cautious:
+            kept = torch._foreach_mul(weights, updates)
+            torch._foreach_sign_(kept)
+            torch._foreach_clamp_min_(kept, 0)  # 1 where decay works
+            torch._foreach_mul_(kept, -shrinkage)
+            torch._foreach_add_(kept, 1)
+            torch._foreach_mul_(weights, kept)
+        elif shrinkage is not None:
+            torch._foreach_mul_(weights, 1 - shrinkage)
+        torch._foreach_sub_(weights, torch._foreach_mul(updates, rate))
+
+
+def move_of(parameters: list[nn.Parameter], updates: list[Tensor], rule: RoleRule, knobs: Knobs, ok: Tensor, config: Config) -> Move:
+    """Returns the move of one role's parameters; where `ok` is 0 it leaves them as they are."""
+    rate = ok * (knobs.lr_scale * rule.lr)
+    shrinkage = rate * (knobs.weight_decay_scale * rule.weight_decay) if rule.weight_decay else None
+    return Move([parameter.data for parameter in parameters], updates, rate, shrinkage, config.cautious_weight_decay)
 
 
 class MuonGroup:
@@ -2869,16 +2934,26 @@ class MuonGroup:
         self.state = {"momentum": like.new_zeros(self.share, *like.shape)}
         if config.normuon_beta2:
             self.state["row_squares"] = like.new_zeros(self.share, like.shape[0], 1)
-        self.direction = compiled(self.eager_direction, config)
+        self.update = compiled(self.eager_update, config)
 
-    def reduce(self) -> Callable[[], list[Tensor]]:
-        """Starts the transfer of gradients; returns what waits for [those of this rank's share, summed over ranks], (share, rows, columns)."""
+    def reduce(self) -> Callable[[], Tensor]:
+        """Starts the transfer of gradients; returns what waits for those of this rank's share, summed over ranks, (share, rows, columns)."""
         gradients = take_gradients(self.names, self.parameters)
         padding = [torch.zeros_like(gradients[0])] * (self.share * self.world.size - len(gradients))
-        transfer = self.world.start_scatter_sum(torch.stack(gradients + padding))
-        return lambda: [transfer.wait()]
+        return self.world.start_scatter_sum(torch.stack(gradients + padding)).wait
 
-    def eager_direction(self, momentum: Tensor) -> Tensor:
+    def eager_update(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        """Takes the gradient (n, rows, columns) into the state; returns the update. `momentum` is a number, ()."""
+        average = self.state["momentum"]
+        average.mul_(momentum).add_(gradient)
+        update = self.direction(gradient + momentum * average)
+        if self.config.normuon_beta2:
+            update = self.equal_rows(update)
+        update = update * max(1.0, update.shape[1] / update.shape[2]) ** 0.5
+        # On a GPU the iteration leaves no more digits than bfloat16 has, and half as many bytes travel.
+        return update.bfloat16() if update.is_cuda else update
+
+    def direction(self, momentum: Tensor) -> Tensor:
         """Returns the orthogonalised direction of (n, rows, columns)."""
         c = self.config
         if c.muon_row_normalize:
@@ -2886,30 +2961,22 @@ class MuonGroup:
         product = fast_symmetric if "symmetric" in self.world.kernels.names else symmetric
         return orthogonalise(momentum, c.muon_backend_steps, c.muon_coefficients, product).to(momentum.dtype)
 
-    def step(self, gradients: list[Tensor], knobs: Knobs, ok: Tensor) -> Callable[[], None]:
-        """Starts the transfer of updates; returns what moves the weights, and leaves them as they are where `ok` is 0."""
-        (gradient,), momentum = gradients, self.state["momentum"]
-        momentum.mul_(knobs.momentum).add_(gradient)
-        update = self.direction(gradient + knobs.momentum * momentum)
-        if self.config.normuon_beta2:
-            update = self.equal_rows(update)
-        rows, columns = update.shape[1:]
-        # On a GPU the iteration leaves no more digits than bfloat16 has, and half as many bytes travel.
-        transfer = self.world.start_gather(update.bfloat16() if update.is_cuda else update)
-
-        def finish() -> None:
-            updates = transfer.wait()[: len(self.parameters)].to(momentum.dtype) * max(1.0, rows / columns) ** 0.5
-            rate, weight_decay = ok * (knobs.lr_scale * self.rule.lr), knobs.weight_decay_scale * self.rule.weight_decay
-            move([parameter.data for parameter in self.parameters], list(updates.unbind()), rate, weight_decay, self.config)
-
-        return finish
-
     def equal_rows(self, update: Tensor) -> Tensor:
         """Returns the update with rows that have lately been large made smaller and the others larger, at the same norm per matrix."""
         squares = self.state["row_squares"]
         squares.lerp_(update.square().mean(dim=2, keepdim=True), 1 - self.config.normuon_beta2)
         scaled = update / (squares.sqrt() + 1e-8)
         return scaled * (update.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp_min(1e-8))
+
+    def step(self, gradient: Tensor, knobs: Knobs, ok: Tensor) -> Callable[[], list[Move]]:
+        """Starts the transfer of updates; returns what waits for them."""
+        transfer = self.world.start_gather(self.update(gradient, gradient.new_full((), knobs.momentum)))
+
+        def finish() -> list[Move]:
+            updates = transfer.wait()[: len(self.parameters)].to(gradient.dtype).unbind()
+            return [move_of(self.parameters, list(updates), self.rule, knobs, ok, self.config)]
+
+        return finish
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns the state of every parameter by name, the same for any number of ranks. Every rank must call it."""
@@ -2925,70 +2992,60 @@ class MuonGroup:
                 row.copy_(saved[name][key])
 
 
-def move(weights: list[Tensor], updates: list[Tensor], rate: Tensor, weight_decay: float, config: Config) -> None:
-    """Moves weights in place: w <- w - rate (update + weight_decay w).
-
-    Cautious decay spares the weights that the update makes larger: those whose sign is not the update's. Source: arXiv:2510.12402.
-    """
-    if weight_decay and config.cautious_weight_decay:
-        kept = torch._foreach_mul(weights, updates)
-        torch._foreach_sign_(kept)
-        torch._foreach_clamp_min_(kept, 0)  # 1 where decay works
-        torch._foreach_mul_(kept, -rate * weight_decay)
-        torch._foreach_add_(kept, 1)
-        torch._foreach_mul_(weights, kept)
-    elif weight_decay:
-        torch._foreach_mul_(weights, 1 - rate * weight_decay)
-    torch._foreach_mul_(updates, rate)
-    torch._foreach_sub_(weights, updates)
-
-
 class AdamGroup:
-    """AdamW for parameters of one role; every rank does the same work. Source: arXiv:1711.05101."""
+    """AdamW for parameters of one role, laid end to end; every rank does the same work. Source: arXiv:1711.05101."""
 
     def __init__(self, names: list[str], parameters: list[nn.Parameter], rule: RoleRule, config: Config, world: World) -> None:
         self.names, self.parameters, self.rule, self.config, self.world = names, parameters, rule, config, world
-        zeros = [torch.zeros_like(parameter.data) for parameter in parameters]
-        steps = torch.zeros((), dtype=torch.float64)
-        self.state: dict[str, Any] = {"first": zeros, "second": [zero.clone() for zero in zeros], "steps": steps}
+        like, count = parameters[0].data, sum(parameter.numel() for parameter in parameters)
+        self.state = {"first": like.new_zeros(count), "second": like.new_zeros(count), "steps": torch.zeros((), dtype=torch.float64)}
+        self.update = compiled(self.eager_update, config)
 
-    def reduce(self) -> Callable[[], list[Tensor]]:
+    def reduce(self) -> Callable[[], Tensor]:
         """Starts the one transfer of all gradients; returns what waits for them, summed over ranks."""
-        transfer = self.world.start_sum(torch.cat([gradient.flatten() for gradient in take_gradients(self.names, self.parameters)]))
+        return self.world.start_sum(torch.cat([gradient.flatten() for gradient in take_gradients(self.names, self.parameters)])).wait
 
-        def finish() -> list[Tensor]:
-            pieces = transfer.wait().split([parameter.numel() for parameter in self.parameters])
-            return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
-
-        return finish
-
-    def step(self, gradients: list[Tensor], knobs: Knobs, ok: Tensor) -> Callable[[], None]:
-        """Returns what moves the weights, and leaves them as they are where `ok` is 0."""
+    def eager_update(self, gradient: Tensor, first_share: Tensor, second_share: Tensor) -> Tensor:
+        """Takes the gradient into the moments; returns the update. The shares, (), say how much of the true moments the running ones have so far."""
         c, first, second = self.config, self.state["first"], self.state["second"]
-        self.state["steps"] += 1
-        count = float(self.state["steps"])
-        torch._foreach_lerp_(first, gradients, 1 - c.beta1)
-        torch._foreach_mul_(second, c.beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - c.beta2)
-        roots = torch._foreach_sqrt(second)
-        torch._foreach_div_(roots, math.sqrt(1 - c.beta2**count))
-        torch._foreach_add_(roots, c.adam_eps)
-        updates = torch._foreach_div(first, roots)
-        torch._foreach_div_(updates, 1 - c.beta1**count)
-        rate, weight_decay = ok * (knobs.lr_scale * self.rule.lr), knobs.weight_decay_scale * self.rule.weight_decay
-        return lambda: move([parameter.data for parameter in self.parameters], list(updates), rate, weight_decay, c)
+        first.lerp_(gradient, 1 - c.beta1)
+        second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
+        return first / first_share / (second.sqrt() / second_share.sqrt() + c.adam_eps)
+
+    def step(self, gradient: Tensor, knobs: Knobs, ok: Tensor) -> Callable[[], list[Move]]:
+        """Returns what says how the weights move."""
+        c, steps = self.config, self.state["steps"].add_(1)
+        shares = [gradient.new_full((), 1 - beta ** float(steps)) for beta in (c.beta1, c.beta2)]
+        updates = self.by_parameter(self.update(gradient, *shares))
+        return lambda: [move_of(self.parameters, updates, self.rule, knobs, ok, c)]
+
+    def by_parameter(self, flat: Tensor) -> list[Tensor]:
+        """Returns the pieces of what is laid end to end, in the parameters' shapes."""
+        pieces = flat.split([parameter.numel() for parameter in self.parameters])
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns the state of every parameter by name."""
-        moments = zip(self.names, self.state["first"], self.state["second"], strict=True)
+        moments = zip(self.names, self.by_parameter(self.state["first"]), self.by_parameter(self.state["second"]), strict=True)
         return {name: {"first": first.clone(), "second": second.clone(), "steps": self.state["steps"].clone()} for name, first, second in moments}
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores what `state_dict` returned."""
-        for index, name in enumerate(self.names):
-            self.state["first"][index].copy_(saved[name]["first"])
-            self.state["second"][index].copy_(saved[name]["second"])
-            self.state["steps"].copy_(saved[name]["steps"])
+        for key in ("first", "second"):
+            for name, piece in zip(self.names, self.by_parameter(self.state[key]), strict=True):
+                piece.copy_(saved[name][key])
+        self.state["steps"].copy_(saved[self.names[0]]["steps"])
+
+
+def square_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the sum of each tensor's squares, at least float32."""
+    return [(tensor if tensor.dtype == torch.float64 else tensor.float()).square().sum() for tensor in tensors]
+
+
+def clean(gradients: Sequence[Tensor], ok: Tensor, clip: Tensor) -> None:
+    """Multiplies gradients by `clip` in place; where `ok` is 0 they become 0."""
+    for gradient in gradients:
+        gradient.mul_(clip).masked_fill_(ok == 0, 0.0)
 
 
 class StepStats(NamedTuple):
@@ -3013,6 +3070,7 @@ class Optimizer:
         for (role, _), names in members.items():
             kind = MuonGroup if rules[role].optimizer == "muon" else AdamGroup
             self.groups.append(kind(names, [parameters[name] for name in names], rules[role], config, world))
+        self.square_sums, self.clean, self.move = (compiled(function, config) for function in (square_sums, clean, move))
         optimised = [name for group in self.groups for name in group.names]
         assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"
 
@@ -3021,23 +3079,19 @@ class Optimizer:
         transfers = [group.reduce() for group in self.groups]
         gradients = [arrived() for arrived in transfers]
         # A Muon group holds a share of the gradient, an Adam group all of it, so only the former is summed over ranks.
-        squares = {kind: torch.zeros((), device=loss.device) for kind in (MuonGroup, AdamGroup)}
-        for group, tensors in zip(self.groups, gradients, strict=True):
-            squares[type(group)] += torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
-        totals = self.world.sum_(torch.stack([loss.detach().float(), squares[MuonGroup]]))
-        stats = StepStats(totals[0], (totals[1] + squares[AdamGroup]).sqrt())
+        squares = self.square_sums(gradients)
+        shared, repeated = (
+            sum((square for group, square in zip(self.groups, squares, strict=True) if isinstance(group, kind)), torch.zeros_like(squares[0]))
+            for kind in (MuonGroup, AdamGroup)
+        )
+        totals = self.world.sum_(torch.stack([loss.detach().to(shared.dtype), shared]))
+        stats = StepStats(totals[0], (totals[1] + repeated).sqrt())
         ok = (stats.loss.isfinite() & stats.grad_norm.isfinite()).to(loss.dtype)
-        limit = self.config.grad_clip_norm
-        clip = (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0) if limit else None
-        moves: list[Callable[[], None]] = []
-        for group, tensors in zip(self.groups, gradients, strict=True):
-            for tensor in tensors:
-                tensor.masked_fill_(ok == 0, 0.0)
-            if clip is not None:
-                torch._foreach_mul_(tensors, clip)
-            moves.append(group.step(tensors, knobs, ok))  # updates of one group travel while the next is worked on
-        for finish in moves:
-            finish()
+        limit = self.config.grad_clip_norm or math.inf
+        self.clean(gradients, ok, (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0))
+        # Updates of one group travel while the next is worked on.
+        finishes = [group.step(gradient, knobs, ok) for group, gradient in zip(self.groups, gradients, strict=True)]
+        self.move([each for finish in finishes for each in finish()])
         return stats
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

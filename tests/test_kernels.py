@@ -432,9 +432,9 @@ def test_muon_uses_the_symmetric_kernel_where_it_is_in_use(monkeypatch: pytest.M
     muon = next(group for group in optimizer.groups if isinstance(group, train_gpt.MuonGroup))
     for names in ((), ("symmetric",)):
         world.kernels = world.kernels._replace(names=names)
-        muon.eager_direction(torch.randn(1, 24, 24).bfloat16())
+        muon.direction(torch.randn(1, 24, 24).bfloat16())
         assert bool(calls) is bool(names) and set(calls) <= {torch.bfloat16}
-        muon.eager_direction(torch.randn(1, 24, 24))
+        muon.direction(torch.randn(1, 24, 24))
         assert set(calls) <= {torch.bfloat16}, "without tensor cores for its type the kernel would be slow"
 
 

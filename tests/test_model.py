@@ -504,8 +504,25 @@ def make_adapters(model: GPT, order: tuple[int, ...], scales: dict[int, float]) 
 def test_zero_adapters_leave_every_loss_bit_for_bit() -> None:
     config = small_config()
     model, phase, rows = lively_model(config, torch.float32), plain_phase(config), random_rows(config)
-    adapted = model(rows[:, :-1], rows[:, 1:], phase, make_adapters(model, phase.order, {}))
-    assert torch.equal(adapted, model(rows[:, :-1], rows[:, 1:], phase))
+    with torch.no_grad():
+        adapted = model(rows[:, :-1], rows[:, 1:], phase, make_adapters(model, phase.order, {}))
+        assert torch.equal(adapted, model(rows[:, :-1], rows[:, 1:], phase))
+
+
+def test_the_loss_that_trains_is_the_loss_that_scores() -> None:
+    """With gradients the loss comes with its gradient by the logits, without them from the logits of the scorer."""
+    config = small_config(logit_softcap=9.0, logit_softcap_negative=5.0)
+    model, phase, rows = lively_model(config, torch.float64), plain_phase(config), random_rows(config)
+    trained = model(rows[:, :-1], rows[:, 1:], phase)
+    with torch.no_grad():
+        scored = model(rows[:, :-1], rows[:, 1:], phase)
+    torch.testing.assert_close(trained.detach(), scored, rtol=1e-12, atol=1e-12)
+    logits = model.logits(rows[:, :-1], phase).flatten(0, 1)
+    weights = torch.linspace(0, 1, rows[:, 1:].numel(), dtype=torch.float64)
+    plain = (weights * torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")).sum()
+    parameters = list(model.parameters())
+    for ours, expected in zip(torch.autograd.grad((weights * trained.flatten()).sum(), parameters), torch.autograd.grad(plain, parameters), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_every_adapter_trains_while_the_weights_rest() -> None:

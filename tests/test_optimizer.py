@@ -120,9 +120,10 @@ def rank_4(rows: int, columns: int) -> Tensor:
 
 # Name -> how it is made, and how far apart the two forms may be in float32, in Frobenius norm. The Gram matrix has an error of 6e-8 of its
 # largest value, which is all there is of the directions whose singular values are under 3e-4 of the largest; the factor there is up to 990,
-# and enters squared. Without such directions: measured 2.3e-5 at most, with them 3.0e-3.
+# and enters squared. Without such directions: measured 3.1e-5 at most, with them 3.0e-3. In between, direction k of the first-power spectrum has
+# an error of k^2 such roundings, 6e-5 over all 48 in norm; measured 1.0e-4 at most, and five roundings are allowed, as the libraries' sums differ.
 SPECTRA: dict[str, tuple[Callable[[int, int], Tensor], float]] = {
-    "gaussian": (gaussian, 1e-4), "root": (decaying(0.5), 1e-4), "first_power": (decaying(1), 1e-4),
+    "gaussian": (gaussian, 1e-4), "root": (decaying(0.5), 1e-4), "first_power": (decaying(1), 3e-4),
     "square": (decaying(2), 1e-2), "fourth_power": (decaying(4), 1e-2), "rank_4": (rank_4, 1e-2),
 }  # fmt: skip
 ASPECTS = {"square": (48, 48), "plain_wide": (48, 64), "plain_tall": (64, 48), "gram_edge": (48, 72), "gram_wide": (48, 160), "gram_tall": (160, 48)}
@@ -188,7 +189,7 @@ def test_both_forms_of_the_iteration_agree(monkeypatch: pytest.MonkeyPatch, spec
 def test_bfloat16_input_as_on_a_gpu_stays_bounded(spectrum: str, shape: tuple[int, int]) -> None:
     """1.1411 in exact arithmetic, and what rounding the factor to bfloat16 adds: up to 2^-9 of each entry, and again when it has been applied.
 
-    Measured 1.76 at most (fourth power); the worst that rounding could do is computed for each matrix.
+    Measured 1.76 and 1.90 at most (fourth power) on two kinds of processor; the worst that rounding could do is computed for each matrix.
     """
     matrices = SPECTRA[spectrum][0](*shape)[None].bfloat16()
     result = orthogonalise(matrices, 5, "polar_express")
@@ -199,7 +200,7 @@ def test_bfloat16_input_as_on_a_gpu_stays_bounded(spectrum: str, shape: tuple[in
     rounding = 2**-9 * (torch.linalg.matrix_norm(factor.abs(), ord=2) + result.double().norm())
     largest = torch.linalg.svdvals(result.double()).max()
     assert largest <= upper_bound(5) + rounding.item() + 1e-2  # float32 in the Gram form, as above
-    assert largest < 1.8
+    assert largest < 2.5
 
 
 @pytest.mark.parametrize("spectrum", ["square", "fourth_power", "rank_4"])
@@ -211,7 +212,7 @@ def test_the_gram_iteration_in_bfloat16_would_explode(spectrum: str) -> None:
     largest = [
         torch.linalg.svdvals((train_gpt.gram_factor(kept @ kept.mT, polynomials).to(x.dtype) @ x).double()).max() for kept in (x.float(), x)
     ]  # fmt: skip
-    assert largest[0] < 1.8
+    assert largest[0] < 2.5  # measured 1.76 and 1.94 on two kinds of processor
     assert largest[1] > 1e6
 
 
@@ -260,7 +261,7 @@ def group_of(kind: type, shapes: list[tuple[int, ...]], rule: RoleRule, **settin
 def apply_gradients(group: MuonGroup | AdamGroup, gradients: list[Tensor], step_knobs: Knobs) -> None:
     for parameter, gradient in zip(group.parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    group.step(group.reduce()(), step_knobs, OK)()
+    train_gpt.move(group.step(group.reduce()(), step_knobs, OK)())
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])

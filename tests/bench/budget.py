@@ -91,6 +91,7 @@ SCALES = {
             "unique, bigram table": Family("NUM_LAYERS=5 BIGRAM_HASH_BUCKETS=2048 BIGRAM_HASH_DIM=32 BIGRAM_HASH_SCALE=0.05"),
             "unique, 4096 tokens": Family("NUM_LAYERS=5", vocabulary=4096),
             "unique, 8192 tokens": Family("NUM_LAYERS=5", vocabulary=8192),
+            "unique, 16384 tokens": Family("NUM_LAYERS=5", vocabulary=16384),
         },
     ),
     # One rank's share of the batch of eight GPUs, and about a fifth of the 10 minutes' steps: two minutes a run on an H100.
