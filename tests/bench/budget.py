@@ -39,6 +39,7 @@ import train_gpt  # noqa: E402
 
 SEEDS = (1337, 1, 2, 3, 4)
 MODES = {"ms": "time", "flops": "FLOPs"}  # what all families spend alike
+UNKNOWN_TEXT = "its size was not kept"
 # The first one is exported by the run that trains; the others start from its checkpoint.
 QUANTISERS = {
     "rate": "QUANT_SCHEME=rate CODER=range",
@@ -122,6 +123,7 @@ class Bench(NamedTuple):
     caps: tuple[int, ...]  # bytes for the weights, the scale's own first
     data: Mapping[int, Path]
     runs: Path
+    text: str  # what the data is made of: rows of different text are not compared
 
     @property
     def scale(self) -> Scale:
@@ -159,6 +161,18 @@ class Bench(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
+
+
+def text_of(folders: Sequence[Path]) -> str:
+    """Returns in words how much text folders of shards were made of; raises SystemExit where it is not the same in all."""
+    texts = {}
+    for folder in folders:
+        splits = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["splits"]
+        train, val = (f"{splits[name]['documents']:,} documents of {splits[name]['bytes']:,} bytes" for name in ("train", "val"))
+        texts[folder] = f"{train}, {val} held out"
+    if len(set(texts.values())) > 1:
+        raise SystemExit("--data: expected the same text in every vocabulary, found: " + "; ".join(f"{path}: {text}" for path, text in texts.items()))
+    return next(iter(texts.values()), UNKNOWN_TEXT)
 
 
 # -- Steps that take the same time.
@@ -247,7 +261,7 @@ def run_trial(bench: Bench, name: str, seed: int, threads: int) -> list[dict[str
             "family": name, "quantiser": quantiser, "cap": cap, "seed": seed, "equal": bench.equal, "digest": bench.digest(name, quantiser), "steps": steps,
             "tokens": steps * train_gpt.parse_config(common, {}).train_batch_tokens, "params": result["params"],
             "bits_per_weight": 8 * result["bytes_model"] / weights, "bytes_model": result["bytes_model"], "bpb_trained": trained, "bpb": result["val_bpb"],
-            "nats_per_bpb": result["val_loss"] / result["val_bpb"], "torch": result["torch"],
+            "nats_per_bpb": result["val_loss"] / result["val_bpb"], "torch": result["torch"], "text": bench.text,
         })  # fmt: skip
     return rows
 
@@ -262,37 +276,44 @@ def spread(values: Sequence[float], digits: int = 4, sign: str = "") -> str:
 
 
 def standing(bench: Bench, cap: int) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """Returns the kept rows of a cap whose configuration is still that of their family: (family, quantiser) -> seed -> row, best mean first."""
+    """Returns the kept rows of a text and a cap whose configuration is still their family's: (family, quantiser) -> seed -> row, best mean first."""
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in bench.read("results.jsonl"):
         name, quantiser = row["family"], row["quantiser"]
-        if (row["equal"], row["cap"]) == (bench.equal, cap) and name in bench.scale.families and row["digest"] == bench.digest(name, quantiser):
+        known = name in bench.scale.families and row["digest"] == bench.digest(name, quantiser)
+        if known and (row["equal"], row["cap"], row.get("text", UNKNOWN_TEXT)) == (bench.equal, cap, bench.text):
             found.setdefault((name, quantiser), {})[row["seed"]] = row
     return dict(sorted(found.items(), key=lambda item: statistics.fmean(row["bpb"] for row in item[1].values())))
 
 
 def write_page(bench: Bench) -> None:
-    """Writes records/budget_SCALE/README.md and its plot, from the rows at equal time and those at equal FLOPs."""
+    """Writes records/budget_SCALE/README.md and a plot for every text, from the rows at equal time and those at equal FLOPs."""
     scale = bench.scale
     name = next(iter(scale.families))
-    found = {mode: standing(bench._replace(equal=mode), scale.model_bytes) for mode in MODES}
-    if not any(found.values()):
-        return
     lines = [
         f"# Equal time, equal bytes ({bench.scale_name})", "",
         "Written by `python tests/bench/budget.py`; every run is in `results.jsonl`, step times in `costs.jsonl`. Every model was trained as long as",
         f"`{name}` ({scale.steps:,} steps; ratio: of the mean step's time or FLOPs to that family's) and fills {scale.model_bytes:,} bytes.",
-        "All read the same text in the same order. bpb of held-out text, in chunks, comparable with each other only: mean ± standard deviation over n",
-        f"seeds; difference: paired by seed, against `{name}` with `rate`. The cost of quantisation is in nats per token.", "",
-        "![bpb trained and quantised](budget.png)",
+        "All of a text read it in the same order. bpb of held-out text, in chunks, comparable within a text only: mean ± standard deviation over n",
+        f"seeds; difference: paired by seed, against `{name}` with `rate`. The cost of quantisation is in nats per token.",
     ]  # fmt: skip
-    for mode in MODES:
-        lines += mode_table(bench._replace(equal=mode), found[mode]) if found[mode] else []
+    families: list[str] = []
+    for number, text in enumerate(dict.fromkeys(row.get("text", UNKNOWN_TEXT) for row in bench.read("results.jsonl"))):
+        found = {mode: standing(bench._replace(text=text, equal=mode), scale.model_bytes) for mode in MODES}
+        picture = f"budget{number or ''}.png"
+        lines += ["", f"## Text: {text}"]
+        if found[bench.equal]:
+            plot(bench.folder / picture, bench, found[bench.equal])
+            lines += ["", f"![bpb trained and quantised]({picture})"]
+        for mode in MODES:
+            lines += mode_table(bench._replace(text=text, equal=mode), found[mode]) if found[mode] else []
+        families += [family for rows in found.values() for family, _ in rows]
+    if not families:
+        return
     lines += ["", "Settings of the base, then of each family:", "", "```", scale.base.replace(" PRESET", "PRESET"), "```", ""]
-    lines += [f"- {family}: `{scale.families[family].settings}`" for family in dict.fromkeys(family for rows in found.values() for family, _ in rows)]
+    lines += [f"- {family}: `{scale.families[family].settings}`" for family in dict.fromkeys(families)]
     (bench.folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(bench, found[bench.equal])
-    print(f"{bench.folder / 'README.md'}: {sum(map(len, found.values()))} rows")
+    print(f"{bench.folder / 'README.md'}: {len(set(families))} families")
 
 
 def mode_table(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> list[str]:
@@ -300,7 +321,7 @@ def mode_table(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mappin
     name, quantiser = next(iter(bench.scale.families)), "rate"
     reference, costs = found.get((name, quantiser), {}), {row["family"]: row for row in bench.read("costs.jsonl")}
     lines = [
-        "", f"## Equal {MODES[bench.equal]}", "",
+        "", f"### Equal {MODES[bench.equal]}", "",
         "| family | quantiser | n | parameters | ratio | steps | tokens/weight | bits/weight | bpb trained | cost, nats | bpb of the artifact | difference |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
@@ -318,10 +339,10 @@ def mode_table(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mappin
 
 def caps_table(bench: Bench) -> list[str]:
     """Returns the lines of a table of the same trained models under every cap that was tried, none if there is only the scale's own."""
-    caps = sorted({row["cap"] for row in bench.read("results.jsonl")})
+    by_cap = {cap: standing(bench, cap) for cap in sorted({row["cap"] for row in bench.read("results.jsonl")})}
+    caps = [cap for cap in by_cap if by_cap[cap]]
     if len(caps) < 2:
         return []
-    by_cap = {cap: standing(bench, cap) for cap in caps}
     lines = ["", "The same trained models under other caps, bpb of the artifact and, in brackets, bits per weight:", ""]
     lines += ["| family | quantiser | " + " | ".join(f"{cap:,} bytes" for cap in caps) + " |", "|---|---|" + "---:|" * len(caps)]
     for key in sorted({key for cap in caps if cap != bench.scale.model_bytes for key in by_cap[cap]}):
@@ -331,7 +352,7 @@ def caps_table(bench: Bench) -> list[str]:
     return lines
 
 
-def plot(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> None:
+def plot(path: Path, bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]) -> None:
     """Draws what each family reaches before and after quantisation, a point a seed."""
     import matplotlib
 
@@ -355,7 +376,7 @@ def plot(bench: Bench, found: Mapping[tuple[str, str], Mapping[int, Mapping[str,
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     figure.tight_layout()
-    figure.savefig(bench.folder / "budget.png", dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
@@ -374,7 +395,7 @@ def main() -> None:
     options = parser.parse_args()
     data = {int(vocabulary): Path(folder).resolve() for vocabulary, _, folder in (text.partition("=") for text in options.data)}
     caps = (SCALES[options.scale].model_bytes, *(int(cap) for cap in options.bytes.split(",") if cap))
-    bench = Bench(options.scale, options.equal, caps, data, options.runs.resolve())
+    bench = Bench(options.scale, options.equal, caps, data, options.runs.resolve(), text_of(list(data.values())))
     families = bench.scale.families
     wanted = [name for name in options.only.split(";") if name] or list(families)
     if unknown := set(wanted) - set(families):

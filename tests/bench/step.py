@@ -8,8 +8,8 @@
 
 Rows are random tokens cut into documents of 900 tokens on average, so no data is needed. A script for --against defines opponent(config, device) as
 plain_gpt.py does. FLOPs are those of all matrix products and attention of a step, the optimiser's included, counted by PyTorch on an eager one; bytes
-are what its operators read and write, an upper bound that fusion lowers. Times are medians; arms take turns of a few steps, so that a busy machine
-slows all alike. --json FILE keeps the numbers.
+are what its operators read and write, an upper bound that fusion lowers. Times are medians; arms take turns of a few steps, and ratios are medians
+over the turns with their quartiles, so that a busy machine slows all alike. --json FILE keeps the numbers.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import train_gpt  # noqa: E402
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bfloat16
 MEAN_DOCUMENT = 900
+TURN = 5  # steps of an arm before the next one's
 
 
 class Rows:
@@ -130,7 +131,7 @@ def counted(step: Callable[[], None]) -> tuple[float, float]:
     return float(flops.get_total_flops()), float(traffic.bytes)
 
 
-def timed(arms: Sequence[Arm], device: torch.device, warm_up: int, steps: int, turn: int = 5) -> dict[str, list[float]]:
+def timed(arms: Sequence[Arm], device: torch.device, warm_up: int, steps: int) -> dict[str, list[float]]:
     """Returns the seconds of every timed step of every arm, which take turns."""
 
     def run(arm: Arm) -> float:
@@ -144,10 +145,10 @@ def timed(arms: Sequence[Arm], device: torch.device, warm_up: int, steps: int, t
     for arm in arms:
         for _ in range(warm_up):
             run(arm)
-    for _ in range(math.ceil(steps / turn)):
+    for _ in range(math.ceil(steps / TURN)):
         for arm in arms:
             run(arm)  # the caches are the other arm's
-            seconds[arm.name] += [run(arm) for _ in range(turn)]
+            seconds[arm.name] += [run(arm) for _ in range(TURN)]
     return seconds
 
 
@@ -163,8 +164,19 @@ def profiled(arm: Arm, device: torch.device, kernels: int) -> tuple[int, str]:
     return sum(event.count for event in events), events.table(sort_by=key, row_limit=kernels, max_name_column_width=60)
 
 
+def speed_ratio(seconds: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Returns (lower quartile, median, upper quartile) over the turns of how many steps the first does in the time of one of the others'.
+
+    Arms that take turns share whatever slows the machine for longer than a turn; the ratio of their medians over all turns does not.
+    """
+    turns = range(0, len(seconds), TURN)
+    ratios = [statistics.median(others[at : at + TURN]) / statistics.median(seconds[at : at + TURN]) for at in turns]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, middle, high
+
+
 def report(arm: Arm, seconds: Sequence[float], others: Mapping[str, Sequence[float]], device: torch.device, peak: float) -> dict[str, Any]:
-    """Prints and returns the numbers of an arm; ratios are of paired medians against the first arm."""
+    """Prints and returns the numbers of an arm; ratios to the first arm are medians over the turns."""
     median = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4)
     row: dict[str, Any] = {
@@ -179,8 +191,8 @@ def report(arm: Arm, seconds: Sequence[float], others: Mapping[str, Sequence[flo
         text += f"  peak {row['peak_mib']:,.0f} MiB (all arms)"
     first = next(iter(others.values()))
     if first is not seconds:
-        row["speed_against_first"] = statistics.median(first) / median
-        text += f"  {row['speed_against_first']:.3f} x the first's steps"
+        low, row["speed_against_first"], high = speed_ratio(seconds, first)
+        text += f"  {row['speed_against_first']:.3f} x ({low:.3f} to {high:.3f}) the first's steps"
     print(text, flush=True)
     return row
 
@@ -229,8 +241,9 @@ def main() -> None:
                 print(table, flush=True)
             results.append(row)
         if arguments.against:
-            ours, theirs = results[-len(arms)], results[-1]
-            print(f"  per FLOP: {ours['tflops'] / theirs['tflops']:.3f} x {theirs['name']}", flush=True)
+            ours, theirs = arms[0], arms[-1]
+            low, middle, high = (ratio * ours.flops / theirs.flops for ratio in speed_ratio(seconds[ours.name], seconds[theirs.name]))
+            print(f"  FLOPs a second: {middle:.3f} x ({low:.3f} to {high:.3f}) those of {theirs.name}", flush=True)
     if arguments.json:
         train_gpt.atomic_write(arguments.json, json.dumps(results, indent=1).encode())
 
