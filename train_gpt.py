@@ -809,14 +809,12 @@ def keep_freed_memory() -> None:
     """Lets Linux's C library keep what is freed for the next use of it.
 
     Otherwise it hands activations back to the system at the end of every step and gets them again page by page: 4,000 page faults a step of
-    `PRESET=demo`, 2 to 8% of its time. Libraries without such a switch are left as they are.
+    `PRESET=demo`, some 5% of its time. Libraries without such a switch are left as they are.
     """
     trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # not glibc; on Windows None is no library
         for option in (trim_threshold, mmap_threshold):
             ctypes.CDLL(None).mallopt(option, 1 << 30)
-    except (AttributeError, OSError, TypeError):  # not glibc; on Windows None is no library
-        pass
 
 
 class World:
@@ -2470,9 +2468,10 @@ class ExcludeSelf(nn.Module):
     """Exclusive self-attention: takes from each head's output y (B, H, T, C) its part along the position's own value v (B, K, T, C). Source: PR #265."""
 
     def forward(self, y: Tensor, v: Tensor) -> Tensor:
-        direction = F.normalize(v, dim=-1)[:, :, None]
+        v = v[:, :, None]
         grouped = y.unflatten(1, (v.shape[1], -1))
-        return (grouped - (grouped * direction).sum(dim=-1, keepdim=True) * direction).flatten(1, 2)
+        share = (grouped * v).sum(dim=-1, keepdim=True) / v.square().sum(dim=-1, keepdim=True).clamp_min(1e-24)
+        return (grouped - share * v).flatten(1, 2)
 
 
 class HeadGate(Part):

@@ -570,9 +570,10 @@ def test_a_document_scores_alone_as_in_a_batch_of_others(batch_docs: int) -> Non
 
 
 @with_exact_numbers
-@pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunks_of_any_size_up_to_the_window_follow_the_reference(chunk: int) -> None:
-    config, val = configured("ttt_lora", ttt_lora_chunk_tokens=chunk), text([37, 16, 6, 1])
+@pytest.mark.parametrize(("chunk", "targets"), [(1, "v,out,up,down,head"), (5, Config.ttt_lora_targets), (16, Config.ttt_lora_targets)])
+def test_chunks_of_any_size_up_to_the_window_follow_the_reference(chunk: int, targets: str) -> None:
+    """A first chunk of one token attends to itself alone, so queries and keys have no gradient but rounding errors, which Adam would make large."""
+    config, val = configured("ttt_lora", ttt_lora_chunk_tokens=chunk, ttt_lora_targets=targets), text([37, 16, 6, 1])
     model = lively_model(config)
     expected = in_text_order(adapt_one_by_one(config, model, val, [(0, 37), (37, 53), (53, 59), (59, 60)]))
     np.testing.assert_allclose(score(config, model, val), expected, **FLOAT32)
@@ -616,7 +617,9 @@ def test_a_compiled_model_scores_as_an_eager_one_with_one_graph_for_each_shape(m
     assert (evaluator.ledger.nats == score(config, model, val)).all()
     batch, adapters = evaluator.read(np.array([(6, 6, 14)]), 8), train_gpt.DocumentAdapters(model, evaluator.phase, 1)
     model.requires_grad_(False)  # as documents are scored
-    assert torch.equal(evaluator.nats(batch, adapters.slots)[1], model(*batch[:2], evaluator.phase)) and len(graphs) == 2
+    with torch.no_grad():
+        plain = model(*batch[:2], evaluator.phase)
+    assert torch.equal(evaluator.nats(batch, adapters.slots)[1], plain) and len(graphs) == 2
 
 
 @pytest.mark.parametrize("name", ADAPTING)
