@@ -41,13 +41,20 @@ TURN = 5  # steps of an arm before the next one's
 
 
 class Rows:
-    """In place of a loader: the same random rows every time."""
+    """In place of a loader: the same random rows every time, made once."""
 
     def __init__(self, config: train_gpt.Config) -> None:
         self.config, self.bounds, self.state = config, train_gpt.DocumentBounds(config), {"tokens": 0}
+        self.made: dict[tuple[int, int], Tensor] = {}
 
     def next_rows(self, num_rows: int, seq_len: int, world: train_gpt.World) -> Tensor:
         """Returns (num_rows, seq_len + 1) on the CPU."""
+        if (num_rows, seq_len) not in self.made:
+            self.made[num_rows, seq_len] = self.make(num_rows, seq_len)
+        return self.made[num_rows, seq_len]
+
+    def make(self, num_rows: int, seq_len: int) -> Tensor:
+        """Returns (num_rows, seq_len + 1) random tokens, cut into documents."""
         generator = torch.Generator().manual_seed(num_rows)
         low = min(self.config.bos_id + 1, self.config.vocab_size - 1)
         rows = torch.randint(low, self.config.vocab_size, (num_rows, seq_len + 1), generator=generator)
