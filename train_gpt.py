@@ -432,7 +432,7 @@ RECORD_2014 = {
 # That record's network and schedule with the quantiser, optimiser and evaluation that our own paired runs prefer.
 LOOPED = {
     **RECORD_2014, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
-    "calibration_tokens": 1_048_576, "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_boost": 2.0,
+    "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_boost": 2.0,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -311,7 +311,9 @@ def write_page(bench: Bench) -> None:
     if not families:
         return
     lines += ["", "Settings of the base, then of each family:", "", "```", scale.base.replace(" PRESET", "PRESET"), "```", ""]
-    lines += [f"- {family}: `{scale.families[family].settings}`" for family in dict.fromkeys(families)]
+    for family in dict.fromkeys(families):
+        vocabulary = scale.families[family].vocabulary
+        lines.append(f"- {family}: `{scale.families[family].settings}{f' VOCAB_SIZE={vocabulary}' * bool(vocabulary)}`")
     (bench.folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{bench.folder / 'README.md'}: {len(set(families))} families")
 
@@ -372,7 +374,7 @@ def plot(path: Path, bench: Bench, found: Mapping[tuple[str, str], Mapping[int, 
         axes.annotate(f"{bits:.2f} b/w", (max(before + after), at), textcoords="offset points", xytext=(10, -3), fontsize=7)
     axes.set_yticks(range(len(upwards)), [f"{family} ({scheme})" for (family, scheme), _ in upwards], fontsize=8)
     axes.set_xlabel(f"bits per byte at equal {MODES[bench.equal]} and {bench.scale.model_bytes:,} bytes, less is better; circle: mean")
-    axes.margins(x=0.1)
+    axes.margins(x=0.16)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     figure.tight_layout()
