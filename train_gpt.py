@@ -1917,8 +1917,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, positive: float, negative: fl
     shares = capped.sub_(top).exp_()
     total = shares.sum(dim=1, keepdim=True)
     losses = top + total.log() - hits
-    slopes = shares.div_(total).scatter_add_(1, targets[:, None], -torch.ones_like(losses))
-    return losses[:, 0], slopes.mul_(half.addcmul_(half, half, value=-1)).mul_(4).to(logits.dtype)
+    slopes = half.addcmul_(half, half, value=-1)  # of the softcap, over 4
+    gradients = shares.mul_(slopes).mul_(4 / total).scatter_add_(1, targets[:, None], -4 * slopes.gather(1, targets[:, None]))
+    return losses[:, 0], gradients.to(logits.dtype)
 
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=(), schema="(Tensor logits, Tensor targets, float positive, float negative) -> (Tensor, Tensor)")
@@ -2517,8 +2518,8 @@ class Attention(Part):
         q, k, v = self.qkv(x, phase, adapters)
         q, k = rms_norm(split(q, self.heads)), rms_norm(split(k, self.kv_heads))
         v = split(self.add_value(v, rows), self.kv_heads)
-        q = rotate(q, rows) * self.q_gain.to(q.dtype)[:, None, None]
-        y = rows.attend(q, rotate(k, rows), v)
+        q = q * self.q_gain.to(q.dtype)[:, None, None]
+        y = rows.attend(rotate(q, rows), rotate(k, rows), v)
         y = self.head_gate(self.exclude_self(y, v), x)
         return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out", scale)
 
@@ -2919,6 +2920,11 @@ def move_of(parameters: list[nn.Parameter], updates: list[Tensor], rule: RoleRul
     return Move([parameter.data for parameter in parameters], updates, rate, shrinkage, config.cautious_weight_decay)
 
 
+def clean(gradient: Tensor, ok: Tensor, clip: Tensor) -> Tensor:
+    """Returns the gradient times `clip`, or zeros where `ok` is 0."""
+    return (gradient * clip).masked_fill_(ok == 0, 0.0)
+
+
 class MuonGroup:
     """Matrices of one shape, stacked; this rank keeps the state of its share and orthogonalises it.
 
@@ -2941,9 +2947,9 @@ class MuonGroup:
         padding = [torch.zeros_like(gradients[0])] * (self.share * self.world.size - len(gradients))
         return self.world.start_scatter_sum(torch.stack(gradients + padding)).wait
 
-    def eager_update(self, gradient: Tensor, momentum: Tensor) -> Tensor:
-        """Takes the gradient (n, rows, columns) into the state; returns the update. `momentum` is a number, ()."""
-        average = self.state["momentum"]
+    def eager_update(self, gradient: Tensor, ok: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
+        """Takes the gradient (n, rows, columns), as `clean` makes it, into the state; returns the update. `momentum` is a number, ()."""
+        gradient, average = clean(gradient, ok, clip), self.state["momentum"]
         average.mul_(momentum).add_(gradient)
         update = self.direction(gradient + momentum * average)
         if self.config.normuon_beta2:
@@ -2967,13 +2973,13 @@ class MuonGroup:
         scaled = update / (squares.sqrt() + 1e-8)
         return scaled * (update.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp_min(1e-8))
 
-    def step(self, gradient: Tensor, knobs: Knobs, ok: Tensor) -> Callable[[], list[Move]]:
+    def step(self, gradient: Tensor, ok: Tensor, clip: Tensor, knobs: Knobs) -> Callable[[], Move]:
         """Starts the transfer of updates; returns what waits for them."""
-        transfer = self.world.start_gather(self.update(gradient, gradient.new_full((), knobs.momentum)))
+        transfer = self.world.start_gather(self.update(gradient, ok, clip, gradient.new_full((), knobs.momentum)))
 
-        def finish() -> list[Move]:
+        def finish() -> Move:
             updates = transfer.wait()[: len(self.parameters)].to(gradient.dtype).unbind()
-            return [move_of(self.parameters, list(updates), self.rule, knobs, ok, self.config)]
+            return move_of(self.parameters, list(updates), self.rule, knobs, ok, self.config)
 
         return finish
 
@@ -3004,19 +3010,23 @@ class AdamGroup:
         """Starts the one transfer of all gradients; returns what waits for them, summed over ranks."""
         return self.world.start_sum(torch.cat([gradient.flatten() for gradient in take_gradients(self.names, self.parameters)])).wait
 
-    def eager_update(self, gradient: Tensor, first_share: Tensor, second_share: Tensor) -> Tensor:
-        """Takes the gradient into the moments; returns the update. The shares, (), say how much of the true moments the running ones have so far."""
+    def eager_update(self, gradient: Tensor, ok: Tensor, clip: Tensor, first_share: Tensor, second_share: Tensor) -> Tensor:
+        """Takes the gradient, as `clean` makes it, into the moments; returns the update.
+
+        The shares, (), say how much of the true moments the running ones have so far.
+        """
         c, first, second = self.config, self.state["first"], self.state["second"]
+        gradient = clean(gradient, ok, clip)
         first.lerp_(gradient, 1 - c.beta1)
         second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
         return first / first_share / (second.sqrt() / second_share.sqrt() + c.adam_eps)
 
-    def step(self, gradient: Tensor, knobs: Knobs, ok: Tensor) -> Callable[[], list[Move]]:
+    def step(self, gradient: Tensor, ok: Tensor, clip: Tensor, knobs: Knobs) -> Callable[[], Move]:
         """Returns what says how the weights move."""
         c, steps = self.config, self.state["steps"].add_(1)
         shares = [gradient.new_full((), 1 - beta ** float(steps)) for beta in (c.beta1, c.beta2)]
-        updates = self.by_parameter(self.update(gradient, *shares))
-        return lambda: [move_of(self.parameters, updates, self.rule, knobs, ok, c)]
+        updates = self.by_parameter(self.update(gradient, ok, clip, *shares))
+        return lambda: move_of(self.parameters, updates, self.rule, knobs, ok, c)
 
     def by_parameter(self, flat: Tensor) -> list[Tensor]:
         """Returns the pieces of what is laid end to end, in the parameters' shapes."""
@@ -3041,12 +3051,6 @@ def square_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [(tensor if tensor.dtype == torch.float64 else tensor.float()).square().sum() for tensor in tensors]
 
 
-def clean(gradients: Sequence[Tensor], ok: Tensor, clip: Tensor) -> None:
-    """Multiplies gradients by `clip` in place; where `ok` is 0 they become 0."""
-    for gradient in gradients:
-        gradient.mul_(clip).masked_fill_(ok == 0, 0.0)
-
-
 class StepStats(NamedTuple):
     """What a step reports, as tensors that have not been waited for."""
 
@@ -3069,7 +3073,7 @@ class Optimizer:
         for (role, _), names in members.items():
             kind = MuonGroup if rules[role].optimizer == "muon" else AdamGroup
             self.groups.append(kind(names, [parameters[name] for name in names], rules[role], config, world))
-        self.square_sums, self.clean, self.move = (compiled(function, config) for function in (square_sums, clean, move))
+        self.square_sums, self.move = compiled(square_sums, config), compiled(move, config)
         optimised = [name for group in self.groups for name in group.names]
         assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"
 
@@ -3087,10 +3091,10 @@ class Optimizer:
         stats = StepStats(totals[0], (totals[1] + repeated).sqrt())
         ok = (stats.loss.isfinite() & stats.grad_norm.isfinite()).to(loss.dtype)
         limit = self.config.grad_clip_norm or math.inf
-        self.clean(gradients, ok, (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0))
+        clip = (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0)
         # Updates of one group travel while the next is worked on.
-        finishes = [group.step(gradient, knobs, ok) for group, gradient in zip(self.groups, gradients, strict=True)]
-        self.move([each for finish in finishes for each in finish()])
+        finishes = [group.step(gradient, ok, clip, knobs) for group, gradient in zip(self.groups, gradients, strict=True)]
+        self.move([finish() for finish in finishes])
         return stats
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

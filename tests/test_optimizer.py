@@ -261,7 +261,7 @@ def group_of(kind: type, shapes: list[tuple[int, ...]], rule: RoleRule, **settin
 def apply_gradients(group: MuonGroup | AdamGroup, gradients: list[Tensor], step_knobs: Knobs) -> None:
     for parameter, gradient in zip(group.parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    train_gpt.move(group.step(group.reduce()(), step_knobs, OK)())
+    train_gpt.move([group.step(group.reduce()(), OK, OK, step_knobs)()])
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
