@@ -1272,18 +1272,18 @@ class TrainLoader:
 
 
 class DocumentBounds:
-    """Upper bounds on the documents of a forward, so generous that few batches of a shape need another one, and a compiled graph."""
+    """Upper bounds on the documents of a row, so generous that few batches of a shape need another one, and a compiled graph."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.bounds: dict[tuple[int, ...], int] = {}
 
     def of(self, tokens: Tensor) -> int:
-        """Returns a power of two that is no less than the documents, and rows that go on with one, of tokens (B, T) on the CPU."""
+        """Returns no less than the mean number, over the rows of tokens (B, T) on the CPU, of documents that start in a row or go on there."""
         count = len(tokens) + int((tokens[:, 1:] == self.config.bos_id).sum()) * self.config.doc_mask
         shape = tuple(tokens.shape)
-        if count > self.bounds.get(shape, 0):
-            self.bounds[shape] = 2 ** math.ceil(math.log2(max(2 * count + 32, tokens.numel() / 256)))
+        if count > self.bounds.get(shape, 0) * len(tokens):
+            self.bounds[shape] = math.ceil(max(2 * count + 32, tokens.numel() / 256) / len(tokens))
         return self.bounds[shape]
 
 
@@ -1399,7 +1399,7 @@ class Phase:
     seq_len: int
     batch_tokens: int = 0  # of a training step; no evaluation reads it
     qat: bool = False
-    documents: int = 0  # a forward has at most so many, each counted in every row it is in; 0 = attention counts them, which a compiled graph cannot
+    row_documents: int = 0  # a forward has at most so many a row, in the mean; 0 = attention counts them, which a compiled graph cannot
 
 
 class Progress(NamedTuple):
@@ -1657,7 +1657,7 @@ class Backend(NamedTuple):
     """A way to compute causal attention that stays within documents."""
 
     plan: Callable[[Tensor, Config, Phase], Attend]  # of tokens (B, T); made once a forward, used by every layer
-    is_ragged: bool = False  # takes all rows as one sequence of documents, and reads Phase.documents
+    is_ragged: bool = False  # takes all rows as one sequence of documents, and reads Phase.row_documents
 
 
 class Kernels(NamedTuple):
@@ -1679,14 +1679,14 @@ def document_mask(tokens: Tensor, bos_id: int) -> Tensor:
     return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
 
 
-def document_offsets(tokens: Tensor, config: Config, most: int) -> Tensor:
-    """Returns where documents start when rows (B, T) are laid end to end, then B T until there are most + 1 entries: int32.
+def document_offsets(tokens: Tensor, config: Config, row_documents: int) -> Tensor:
+    """Returns where documents start when rows (B, T) are laid end to end, then B T until there are B row_documents + 1 entries: int32.
 
-    A row starts a segment of its own. `most` = 0 stands for as many as there are, which the host waits for.
+    A row starts a segment of its own. `row_documents` = 0 stands for as many entries as are needed, for which the host waits.
     """
     starts = (tokens == config.bos_id) if config.doc_mask else torch.zeros_like(tokens, dtype=torch.bool)
     starts = (starts | (torch.arange(tokens.shape[1], device=tokens.device) == 0)).flatten()
-    most = most or int(starts.sum())
+    most = len(tokens) * row_documents or int(starts.sum())
     positions = torch.arange(len(starts), device=tokens.device)
     first = torch.where(starts, positions, len(starts)).sort().values[:most]
     return F.pad(first, (0, most + 1 - len(first)), value=len(starts)).int()
@@ -1721,7 +1721,7 @@ def ragged(kernel: Callable[..., Tensor]) -> Backend:
     """Returns the backend of kernel(q (N, H, C), k, v (N, K, C), offsets, longest), which sees documents laid end to end."""
 
     def plan(tokens: Tensor, config: Config, phase: Phase) -> Attend:
-        offsets, (rows, length) = document_offsets(tokens, config, phase.documents), tokens.shape
+        offsets, (rows, length) = document_offsets(tokens, config, phase.row_documents), tokens.shape
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (side.transpose(1, 2).flatten(0, 1) for side in (q, k, v))
@@ -1784,7 +1784,7 @@ def fa4_backend() -> Backend:
         return dq, dk, dv
 
     define: Callable[..., Any] = partial(torch.library.custom_op, mutates_args=())
-    operator = define("golf::flash4", forward, schema="(Tensor q, Tensor k, Tensor v, Tensor offsets, int longest) -> (Tensor, Tensor)")
+    operator = define("golf::flash4", forward, schema="(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt longest) -> (Tensor, Tensor)")
     inputs = "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gradient, Tensor offsets"
     reverse = define("golf::flash4_backward", backward, schema=f"({inputs}) -> (Tensor, Tensor, Tensor)")
     operator.register_fake(lambda q, k, v, offsets, longest: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
@@ -1826,7 +1826,7 @@ def check_attention(backend: Backend, config: Config, device: torch.device) -> N
     tokens[0, [0, 7, 136, 137]] = tokens[1, [63, 300]] = config.bos_id
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
     sides = [torch.randn(2, 320, count, config.head_dim, generator=generator).transpose(1, 2) for count in heads]
-    phase = Phase((), 320, documents=16)
+    phase = Phase((), 320, row_documents=8)
 
     def results(backend: Backend, dtype: torch.dtype, *, compile: bool) -> list[Tensor]:
         q, k, v, direction = (side.to(device, dtype) for side in sides)
@@ -2139,7 +2139,8 @@ def rotary_frequencies(config: Config, length: int, device: torch.device | str =
     For rows longer than those of training: "ntk" raises the base so that the slowest frequency turns as far as it did in training; "yarn" slows
     down only the frequencies that turned few times in a training row (arXiv:2309.00071, without its temperature: queries have a learned gain).
     """
-    dims, base, stretch = config.rotated_dims, config.rope_base, max(length / config.train_seq_len, 1.0)
+    dims, base = config.rotated_dims, config.rope_base
+    stretch = 1.0 if config.rope_scaling == "none" else max(length / config.train_seq_len, 1.0)
     if config.rope_scaling == "ntk" and dims > 2:
         base *= stretch ** (dims / (dims - 2))
     frequencies = base ** -(torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
@@ -2151,16 +2152,14 @@ def rotary_frequencies(config: Config, length: int, device: torch.device | str =
 
 
 # An operator of its own, which the compiler leaves whole: it would compute the same cosines anew for every head of every layer, forward and backward.
-@torch.library.custom_op("golf::cos_sin", mutates_args=(), schema="(Tensor frequencies, int length) -> (Tensor, Tensor)")
+@torch.library.custom_op("golf::cos_sin", mutates_args=(), schema="(Tensor frequencies, SymInt length) -> (Tensor, Tensor)")
 def cos_sin(frequencies: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Returns cosine and sine of positions (length,) times frequencies (F,) in radians per position: (length, F) each."""
     angles = torch.outer(torch.arange(length, device=frequencies.device, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 
-@cos_sin.register_fake
-def _(frequencies: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    return frequencies.new_empty(length, len(frequencies)), frequencies.new_empty(length, len(frequencies))
+cos_sin.register_fake(lambda frequencies, length: tuple(frequencies.new_empty(length, len(frequencies)) for _ in range(2)))
 
 
 def rotary_table(config: Config, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -2884,7 +2883,7 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
     if not config.compile:
         return function
     # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
-    torch._dynamo.config.recompile_limit = max(32, 2 * len(Schedule(config).phases()) + 4)
+    torch._dynamo.config.recompile_limit = max(64, 2 * len(Schedule(config).phases()) + 16)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -3874,7 +3873,7 @@ def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: 
     loss = torch.zeros((), device=world.device)
     for share_of_rows in rows.split(rows_per_forward(loader.config, phase, world.size)):
         if world.kernels.attention.is_ragged:
-            phase = replace(phase, documents=loader.bounds.of(share_of_rows[:, :-1]))
+            phase = replace(phase, row_documents=loader.bounds.of(share_of_rows[:, :-1]))
         part = to_device(share_of_rows, world.device)
         if loader.config.qat_loop_noise and phase.qat:  # the same noise on every rank, in every part of the batch, and after a resume
             torch.manual_seed(loader.config.seed + loader.state["tokens"])
@@ -4966,58 +4965,84 @@ def plan_stretches(config: Config, name: str, inputs: int, starts: np.ndarray) -
 class LowRank:
     """What a projection gets added for each document of a batch: scale (x A^T) B^T, A (documents, rank, inputs), B (documents, outputs, rank)."""
 
-    def __init__(self, shape: Sequence[int], documents: int, config: Config, device: torch.device, generator: torch.Generator) -> None:
-        (outputs, inputs), rank = shape, config.ttt_lora_rank
-        self.scale, self.first = config.ttt_lora_alpha / rank, 0  # the document of row 0
-        self.start = ((2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)).to(device)  # of A, the same for every document
-        self.a = self.start.repeat(documents, 1, 1).requires_grad_()
-        self.b = torch.zeros(documents, outputs, rank, device=device, requires_grad=True)
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        self.a, self.b, self.scale = a, b, scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = slice(self.first, self.first + len(x))
-        a, b = self.a[rows].to(x.dtype), self.b[rows].to(x.dtype)
-        return self.scale * ((x @ a.mT) @ b.mT)
+        return self.scale * ((x @ self.a.mT) @ self.b.mT)
 
 
 class DocumentAdapters:
-    """LoRA on the projections of every executed layer and on the head, apart for each document of a batch. Sources: PRs #1530, #1767."""
+    """LoRA on the projections of every executed layer and on the head, apart for each document of a batch. Sources: PRs #1530, #1767.
 
-    def __init__(self, model: GPT, phase: Phase, documents: int) -> None:
-        config = model.config
-        self.config, self.documents = config, documents
+    A document's adapters lie end to end in a row of `values`, first every A, then every B, so that one product of the optimiser serves them all.
+    Learning is AdamW without a first moment. Compiled, there is one graph for any number of documents from two on, and one for a single one.
+    """
+
+    def __init__(self, model: GPT, phase: Phase, config: Config, documents: int) -> None:
+        self.network: Callable[..., Tensor] = model
+        self.config, self.dtype, rank = config, model.dtype, config.ttt_lora_rank
         targets, generator = config.ttt_lora_targets.split(","), torch.Generator().manual_seed(config.seed)
         blocks = [weight_parts(model.blocks[layer]) for layer in phase.order]
         slots = [{name.split(".")[-2]: part.weight.shape for name, part in parts.items()} for parts in blocks]
-        slots.append({"head": torch.Size([config.vocab_size, config.model_dim])})
+        slots.append({"head": torch.Size([model.config.vocab_size, model.config.model_dim])})
+        shapes = {(number, name): shape for number, slot in enumerate(slots) for name, shape in slot.items() if name in targets}
+        self.count, self.places = len(slots), list(shapes)
+        self.sizes = [rank * inputs for _, inputs in shapes.values()] + [rank * outputs for outputs, _ in shapes.values()]
+        starts = [(2 * torch.rand(rank * inputs, generator=generator) - 1) / math.sqrt(inputs) for _, inputs in shapes.values()]
         device = model.embedding.table.weight.device
-        self.slots = [
-            {name: LowRank(shape, documents, config, device, generator) for name, shape in slot.items() if name in targets} for slot in slots
-        ]
-        self.parts = [part for slot in self.slots for part in slot.values()]
-        self.reset(None)
+        self.start = torch.cat(starts).to(device)  # of every A, the same for every document
+        self.values, self.squares = (torch.zeros(documents, sum(self.sizes), device=device) for _ in range(2))
+        self.served = self.values
+        self.compiled_forward, self.compiled_update = compiled(self.eager_forward, config), compiled(self.eager_update, config)
 
-    def reset(self, kept: Sequence[Tensor] | None) -> None:
-        """Makes them new, for other documents: B = 0, A as at first or, if given, `kept`; the optimiser without a past."""
-        with torch.no_grad():
-            for number, part in enumerate(self.parts):
-                part.a.copy_(part.start if kept is None else kept[number])
-                part.b.zero_()
+    def reset(self, kept: Tensor | None) -> None:
+        """Makes them new, for other documents: B = 0, A as at first or, if given, `kept` (documents, len(start)); the optimiser without a past."""
+        self.values[:, : len(self.start)] = self.start if kept is None else kept
+        self.values[:, len(self.start) :] = 0
+        self.squares.zero_()
+
+    def serve(self, first: int, count: int) -> None:
+        """Lets the rows of the next pass be those of `count` documents from `first` on."""
+        self.served = self.values[first : first + count].detach().requires_grad_()
+
+    def slots(self, values: Tensor) -> Adapters:
+        """Returns the adapters in rows of `values`."""
+        rank, count = self.config.ttt_lora_rank, len(self.places)
+        pieces = values.to(self.dtype).split(self.sizes, dim=1)
+        slots: list[dict[str, Callable[[Tensor], Tensor]]] = [{} for _ in range(self.count)]
+        for (number, name), a, b in zip(self.places, pieces[:count], pieces[count:], strict=True):
+            slots[number][name] = LowRank(a.unflatten(1, (rank, -1)), b.unflatten(1, (-1, rank)), self.config.ttt_lora_alpha / rank)
+        return slots
+
+    def eager_forward(self, tokens: Tensor, targets: Tensor, phase: Phase, values: Tensor) -> Tensor:
+        """Returns what the model's forward does, adapted by `values`, one row for each of tokens."""
+        return self.network(tokens, targets, phase, self.slots(values))
+
+    def forward(self, tokens: Tensor, targets: Tensor, phase: Phase) -> Tensor:
+        """Returns what the model's forward does for the documents that are served, or the first of them."""
+        values = self.served[: len(tokens)]
+        for tensor, dims in ((tokens, (0, 1)), (targets, (0, 1)), (values, (0,))):
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        result: Tensor = self.compiled_forward(tokens, targets, phase, values)
+        return result
+
+    def eager_update(self, values: Tensor, squares: Tensor, gradient: Tensor, share: Tensor) -> None:
+        """Moves values in place by a step of AdamW; `share`, (), says how much of the true second moment the running one has so far."""
         c = self.config
-        tensors = [tensor for part in self.parts for tensor in (part.a, part.b)]
-        self.optimizer = torch.optim.AdamW(tensors, c.ttt_lora_lr, (0.0, c.ttt_lora_beta2), eps=1e-10, weight_decay=c.ttt_lora_weight_decay)
+        squares.lerp_(gradient.square(), 1 - c.ttt_lora_beta2)
+        values.mul_(1 - c.ttt_lora_lr * c.ttt_lora_weight_decay).sub_(c.ttt_lora_lr * gradient / ((squares / share).sqrt() + 1e-10))
 
-    def serve(self, first: int) -> None:
-        """Lets the rows of a batch be those of the documents from `first` on, which have no gradient yet."""
-        for part in self.parts:
-            part.first = first
-            for tensor in (part.a, part.b):
-                if tensor.grad is not None:
-                    tensor.grad[first:] = 0
-
-    def learn(self) -> None:
-        """Takes one step, each document down the gradient of its own loss."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def learn(self, first: int, count: int, steps: int) -> None:
+        """Takes step number `steps` for `count` documents from `first` on, the first of those that are served, down the gradients of their own losses."""
+        assert self.served.grad is not None
+        rows = slice(first, first + count)
+        share = self.values.new_full((), 1 - self.config.ttt_lora_beta2**steps)
+        parts = self.values[rows], self.squares[rows], self.served.grad[:count]
+        for part in parts:
+            torch._dynamo.maybe_mark_dynamic(part, 0)
+        self.compiled_update(*parts, share)
 
 
 @cache
@@ -5065,7 +5090,7 @@ class Batch(NamedTuple):
     tokens: Tensor
     targets: Tensor
     hints: Tensor | None
-    documents: int  # a bound on their number, where attention needs one
+    row_documents: int  # a bound on their number, where attention needs one
 
 
 # Batches of documents that keep A go round this many streams, which the ranks share: 1, 2, 4 and 8 ranks give the same scores.
@@ -5081,28 +5106,30 @@ class Evaluator:
     """
 
     def __init__(
-        self, run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, plain_seconds: float = 0.0, spent: float = 0.0
+        self, run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase, plain_seconds: float = 0.0, spent: float = 0.0,
+        rehearsed: Evaluator | None = None,
     ) -> None:
         """`forward` is that of `model`, perhaps compiled. `plain_seconds` per input read without adaptation, and the seconds `spent` on evaluations before,
-        tell when adaptation must end to meet EVAL_SECONDS."""
+        tell when adaptation must end to meet EVAL_SECONDS. `rehearsed` is what `rehearse` returned for this evaluation, if anything."""
+        self.began, self.adapted, self.is_adapting = time.perf_counter(), 0, True
         self.log, self.config, self.world, self.model, self.forward = run.log, run.config, run.world, model, forward
         self.val, self.name, self.phase, self.plain_seconds, self.spent_seconds = val, name, phase, plain_seconds, spent
         self.inputs, self.window = len(val.tokens) - 1, run.config.window
-        self.bounds = DocumentBounds(run.config)
+        self.bounds: DocumentBounds = rehearsed.bounds if rehearsed else DocumentBounds(run.config)
         self.stride = self.window if name == "chunked" else run.config.eval_stride
         self.starts = document_starts(val.tokens, self.config.bos_id) if self.config.doc_mask else np.zeros(1, dtype=np.int64)
         self.stretches = plan_stretches(self.config, name, self.inputs, self.starts)
+        self.planned = [self.windows(stretch.first, stretch.end) for stretch in self.stretches]
         self.by_document = name in ("ttt_lora", "ttt_phased")
         self.ledger = Ledger(self.inputs)
         tilted = self.config.tilt_boost > 0 and name != "chunked"
         self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if tilted else None
         self.sgd: torch.optim.SGD | None = None
-        self.adapters: DocumentAdapters | None = None
+        self.adapters: DocumentAdapters | None = rehearsed.adapters if rehearsed else None
         self.most_documents = run.config.ttt_lora_batch_docs  # scored in one pass
-        self.kept: dict[int, list[Tensor]] = {}  # A of each stream
-        self.began, self.adapted, self.is_adapting = time.perf_counter(), 0, True
-        self.first_batch = (0.0, 0.0)  # seconds and cost until its end
-        self.done, self.total, self.is_predicted = 0.0, sum(self.cost(stretch) for stretch in self.stretches) / run.world.size, False
+        self.kept: dict[int, Tensor] = {}  # A of each stream
+        self.done, self.total, self.is_predicted = 0.0, sum(self.cost(number) for number in range(len(self.stretches))) / run.world.size, False
+        self.first_read = time.perf_counter()
 
     # -- What a row is, and its score
 
@@ -5118,18 +5145,24 @@ class Evaluator:
         documents = self.bounds.of(torch.from_numpy(tokens)) if self.world.kernels.attention.is_ragged else 0
         return Batch(sent[0], sent[1], sent[2] if self.hints is not None else None, documents)
 
-    def nats(self, batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
+    def nats(self, batch: Batch, adapters: DocumentAdapters | None = None) -> tuple[Tensor, Tensor]:
         """Returns (loss, score) of every target, shaped as targets: (B, T), or (B, T, K) for K of them; they differ by the tilt alone.
 
         With a hint h, p'(a) = e^(b [a = h]) p(a) / (1 + p(h) (e^b - 1)): the sum over all tokens a stays 1. Source: PR #1420.
         """
-        phase = replace(self.phase, seq_len=batch.tokens.shape[1], batch_tokens=0, documents=batch.documents)
         boost = self.config.tilt_boost
+
+        def losses_of(targets: Tensor) -> Tensor:
+            if adapters is None:
+                return self.forward(batch.tokens, targets, replace(self.phase, batch_tokens=0, row_documents=batch.row_documents))
+            # A row is a piece of one document.
+            return adapters.forward(batch.tokens, targets, replace(self.phase, batch_tokens=0, row_documents=1))
+
         if batch.hints is None:
-            loss = self.forward(batch.tokens, batch.targets, phase, adapters)
+            loss = losses_of(batch.targets)
             return loss, loss
         targets, hints = batch.targets.view(*batch.tokens.shape, -1), batch.hints[..., None]
-        losses = self.forward(batch.tokens, torch.cat([targets, hints.clamp_min(0)], dim=-1), phase, adapters)
+        losses = losses_of(torch.cat([targets, hints.clamp_min(0)], dim=-1))
         loss, hint_loss = losses[..., :-1], losses[..., -1:]
         tilted = loss - boost * (hints == targets) + torch.log1p((-hint_loss).exp() * math.expm1(boost))
         return loss.reshape(batch.targets.shape), torch.where(hints >= 0, tilted, loss).reshape(batch.targets.shape)
@@ -5145,19 +5178,16 @@ class Evaluator:
         """Returns the windows that score [first, end) without adapters."""
         return plan_windows(first, end, self.window, self.stride, self.starts)
 
-    def reads(self, first: int, end: int) -> int:
-        """Returns how many inputs those windows read."""
-        return len(self.windows(first, end)) * self.window
-
     def learning_cost(self, stretch: Stretch) -> float:
         """Returns about how many inputs could be read while all ranks learn from a stretch: a backward pass costs two forward ones."""
         return 3.0 * self.config.ttt_epochs * (stretch.end - stretch.first) * bool(stretch.lr_scales)
 
-    def cost(self, stretch: Stretch) -> float:
+    def cost(self, number: int) -> float:
         """Returns the same for scoring a stretch and learning from it."""
+        stretch = self.stretches[number]
         if self.by_document:
             return self.learning_cost(stretch) + sum(self.document_cost(int(end - first)) for first, end in self.documents(stretch))
-        return self.learning_cost(stretch) + self.reads(stretch.first, stretch.end)
+        return self.learning_cost(stretch) + self.window * len(self.planned[number])
 
     def document_cost(self, length: int) -> float:
         """Returns the same for a document of so many inputs that is scored and learnt from chunk by chunk."""
@@ -5169,21 +5199,16 @@ class Evaluator:
     def note_progress(self, cost: float) -> None:
         """Adds to the work that is done, shows how far it is, and says once how long all of it takes."""
         self.done += cost
-        if self.done == cost:
-            self.first_batch = (time.perf_counter() - self.began, cost)
-        seconds, share = time.perf_counter() - self.began, min(self.done / self.total, 1.0)
+        seconds, share = time.perf_counter() - self.first_read, min(self.done / self.total, 1.0)
         if seconds > 5 and not self.is_predicted:
             self.is_predicted = True
             limit = f", EVAL_SECONDS={self.config.eval_seconds:g}" if self.config.eval_seconds else ""
-            self.log.note(f"the {self.name} evaluation will take about {seconds / share:,.0f} s{limit}")
+            self.log.note(f"the {self.name} evaluation will take about {self.first_read - self.began + seconds / share:,.0f} s{limit}")
         self.log.progress(f"{self.name} evaluation {100 * share:.0f}%  {clock_text(seconds * (1 / share - 1))} left")
 
     def pace(self) -> float:
-        """Returns the seconds per input read, without the first batch, which may compile, where there are others; 0 before there is any."""
-        seconds, (first_seconds, first_cost) = time.perf_counter() - self.began, self.first_batch
-        if self.done > first_cost:
-            return (seconds - first_seconds) / (self.done - first_cost)
-        return seconds / self.done if self.done else 0.0
+        """Returns the seconds per input read; 0 before there is any."""
+        return (time.perf_counter() - self.first_read) / self.done if self.done else 0.0
 
     def has_time(self, cost: float, reads_left: float) -> bool:
         """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
@@ -5193,26 +5218,32 @@ class Evaluator:
 
     # -- Scoring
 
+    def with_memory(self, attempt: Callable[[int], Tensor], most: int, what: str) -> tuple[Tensor, int]:
+        """Returns (what attempt(n) returns, n): n is `most`, halved until it fits into memory. `what` are n things, and the setting that makes them fewer."""
+        while True:
+            try:
+                return attempt(most), most
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise
+            most = -(-most // 2)  # here, for what the failed pass holds is freed only after the clause
+            self.log.note(f"out of memory: {self.name} evaluation goes on with {most} {what} lower")
+
     @torch.no_grad()
     def score_windows(self, windows: np.ndarray) -> None:
         """Scores windows without adapters."""
-        length = self.window
-        batch = max(min(self.config.val_batch_size // (length * self.world.size), len(windows)), 1)
+
+        def attempt(count: int) -> Tensor:
+            some = windows[:count]
+            rows = np.arange(count if self.config.compile else len(some)) % len(some)  # filled up with repeats, so that one compiled shape serves all
+            return self.nats(self.read(some[rows], self.window))[1]
+
+        batch = max(self.config.val_batch_size // (self.window * self.world.size), 1)
         while len(windows):
-            some = windows[:batch]
-            rows = np.arange(batch if self.config.compile else len(some)) % len(some)  # filled up with repeats, so that one compiled shape serves all
-            try:
-                scores = self.nats(self.read(some[rows], length))[1]
-            except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise
-                scores = None  # what the failed pass holds is freed only after this clause
-            if scores is None:
-                batch = -(-batch // 2)
-                self.log.note(f"out of memory: {self.name} evaluation goes on with {batch} windows at a time; set VAL_BATCH_SIZE lower")
-                continue
-            self.write(some, scores)
-            self.note_progress(len(some) * length)
+            batch = batch if self.config.compile else min(batch, len(windows))
+            scores, batch = self.with_memory(attempt, batch, "windows at a time; set VAL_BATCH_SIZE")
+            self.write(windows[:batch], scores)
+            self.note_progress(min(batch, len(windows)) * self.window)
             windows = windows[batch:]
 
     def documents(self, stretch: Stretch) -> np.ndarray:
@@ -5229,7 +5260,7 @@ class Evaluator:
         batches = [documents[index : index + size] for index in range(0, len(documents), size)]
         costs = [sum(self.document_cost(int(end - first)) for first, end in batch) for batch in batches]
         mine = [n for n in range(len(batches)) if n % STREAMS % self.world.size == self.world.rank] if warm else self.world.share_of(costs)
-        self.adapters = self.adapters or DocumentAdapters(self.model, self.phase, min(size, len(self.starts)))
+        adapters = self.adapters = self.adapters or DocumentAdapters(self.model, self.phase, self.config, size)
         plain = {number: np.concatenate([self.windows(int(first), int(end)) for first, end in batches[number]]) for number in mine}
         for number in mine:
             batch, stream = batches[number], number % STREAMS
@@ -5237,10 +5268,10 @@ class Evaluator:
             if not self.has_time(costs[number], self.window * windows_left + reads_later):
                 continue
             del plain[number]
-            self.adapters.reset(self.kept.get(stream))
-            self.score_adapting(batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")], self.adapters)
+            adapters.reset(self.kept.get(stream))
+            self.score_adapting(batch[np.argsort(batch[:, 0] - batch[:, 1], kind="stable")], adapters)
             if warm:
-                self.kept[stream] = [part.a.detach().clone() for part in self.adapters.parts]
+                self.kept[stream] = adapters.values[:, : len(adapters.start)].clone()
             self.adapted += int((batch[:, 1] - batch[:, 0]).sum()) * self.is_adapting
         if plain:
             self.score_windows(np.concatenate(list(plain.values())))
@@ -5248,49 +5279,39 @@ class Evaluator:
     def score_adapting(self, documents: np.ndarray, adapters: DocumentAdapters) -> None:
         """Scores documents (D, 2), longest first, chunk by chunk; after each chunk the adapters of those that go on learn from it."""
         size, firsts, ends = self.config.ttt_lora_chunk_tokens, documents[:, 0], documents[:, 1]
-        is_compiled = self.config.compile  # then few shapes are to be compiled: rows of few lengths
-        grain = max(self.window // 8, size) if is_compiled else size
+        self.model.requires_grad_(False)
         for chunk in itertools.count():
             begins, stops = firsts + chunk * size, np.minimum(firsts + (chunk + 1) * size, ends)
             active, going_on = int((begins < ends).sum()), int((stops < ends).sum())
             if not active:
-                return
+                break
             windows = np.stack([np.maximum(firsts, firsts + (chunk + 1) * size - self.window), begins, stops], axis=1)[:active]
-            length = min(-(-(chunk + 1) * size // grain) * grain, self.window)
-            done = 0
+            length = min((chunk + 1) * size, self.window)
+            most, done = max(self.config.micro_batch_tokens // length, 1), 0
             while done < active:
-                some = windows[done : done + self.most_documents]
-                adapters.serve(done)
-                # Compiled, all batches have as many rows, filled up with repeats, and gradients.
-                rows = np.arange(min(self.most_documents, adapters.documents - done) if is_compiled else len(some)) % len(some)
-                learning = some[: max(going_on - done, 0)]
-                try:
-                    scores = self.score_chunk(some[rows], learning, length, adapters, with_gradients=going_on > done or is_compiled)
-                except torch.OutOfMemoryError:
-                    if len(some) == 1:
-                        raise
-                    scores = None
-                if scores is None:
-                    self.most_documents = fewer = -(-len(some) // 2)
-                    self.log.note(f"out of memory: {self.name} evaluation goes on with {fewer} documents at a time; set TTT_LORA_BATCH_DOCS lower")
-                    continue
-                self.write(some, scores)
-                self.note_progress(3.0 * len(rows) * length)
-                done += len(some)
-            if going_on:
-                for first, end in zip(begins[:going_on], stops[:going_on], strict=True):
-                    self.ledger.allow_learning(int(first), int(end))
-                adapters.learn()
+                learning = windows[done:going_on]
+                attempt = partial(self.score_chunk, windows[done:], learning, length, adapters, done)
+                fewer = min(self.most_documents, most, active - done)
+                scores, count = self.with_memory(attempt, fewer, "documents at a time; set TTT_LORA_BATCH_DOCS")
+                self.most_documents = self.most_documents if count == fewer else count
+                self.write(windows[done : done + count], scores)
+                self.note_progress(3.0 * count * length)
+                for _, begin, stop in learning[:count]:
+                    self.ledger.allow_learning(int(begin), int(stop))
+                if len(learning):
+                    adapters.learn(done, min(count, len(learning)), chunk + 1)
+                done += count
+        self.model.requires_grad_(True)  # as `learn` and compiled passes without adapters need it
 
-    def score_chunk(self, windows: np.ndarray, learning: np.ndarray, length: int, adapters: DocumentAdapters, *, with_gradients: bool) -> Tensor:
-        """Returns the scores (B, T) of windows; the adapters of the first of them, those `learning`, get the gradient of their loss."""
-        with torch.set_grad_enabled(with_gradients):
-            loss, scores = self.nats(self.read(windows, length), adapters.slots)
+    def score_chunk(self, windows: np.ndarray, learning: np.ndarray, length: int, adapters: DocumentAdapters, first: int, count: int) -> Tensor:
+        """Returns the scores (B, T) of `count` windows, those of documents from `first` on; adapters of those `learning` get the gradient of their loss."""
+        adapters.serve(first, count)
+        loss, scores = self.nats(self.read(windows[:count], length), adapters)
         if len(learning):
-            spans = torch.from_numpy(learning - learning[:, :1]).to(loss.device)
+            spans = torch.from_numpy(learning[:count] - learning[:count, :1]).to(loss.device)
             column = torch.arange(length, device=loss.device)
             chosen = (column >= spans[:, 1:2]) & (column < spans[:, 2:])
-            (loss[: len(learning)] * chosen).sum().div(self.config.ttt_lora_chunk_tokens).backward()
+            (loss[: len(spans)] * chosen).sum().div(self.config.ttt_lora_chunk_tokens).backward()
         return scores.detach()
 
     # -- Learning
@@ -5304,18 +5325,23 @@ class Evaluator:
             end = min(first + size, stretch.end)
             self.ledger.allow_learning(first, end)
             windows = np.array([(start, start, min(start + length, end)) for start in range(first, end, length)])[world.rank :: world.size]
+            # As many on each rank and in each pass, so that one compiled shape serves all: some of them read nothing.
+            share = -(-size // (length * world.size))
+            passes = -(-share // max(c.micro_batch_tokens // length, 1))
+            rows = -(-share // passes)
+            windows = np.concatenate([windows, np.full((passes * rows - len(windows), 3), first)])
             self.sgd = self.sgd or torch.optim.SGD(parameters, c.ttt_lr, c.ttt_momentum)
             self.sgd.param_groups[0]["lr"] = c.ttt_lr * lr_scale
             for _ in range(c.ttt_epochs):
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
-                for some in np.split(windows, range(step := max(c.micro_batch_tokens // length, 1), len(windows), step)):
-                    loss, _ = self.nats(self.read(some, length))
+                for some in np.split(windows, passes):
+                    loss, _ = self.nats(self.read(some, length)._replace(hints=None))
                     lengths = torch.from_numpy(some[:, 2] - some[:, 0]).to(loss.device)
                     (loss * (torch.arange(length, device=loss.device) < lengths[:, None])).sum().div(end - first).backward()
                 for parameter in parameters:
-                    if parameter.grad is not None:
-                        world.sum_(parameter.grad)
+                    assert parameter.grad is not None
+                    world.sum_(parameter.grad)
                 nn.utils.clip_grad_norm_(parameters, c.ttt_grad_clip)
                 self.sgd.step()
             self.note_progress(3.0 * c.ttt_epochs * (end - first) / world.size)
@@ -5323,15 +5349,13 @@ class Evaluator:
     def score(self) -> Score:
         """Returns the score of the whole split. Every rank must call it. The weights are afterwards what they were."""
         world, before = self.world, [parameter.detach().clone() for parameter in self.model.parameters()] if self.name in ("ttt_sgd", "ttt_phased") else []
-        reads = [self.reads(stretch.first, stretch.end) for stretch in self.stretches]
+        reads = [self.window * len(windows) for windows in self.planned]
         try:
             for number, stretch in enumerate(self.stretches):
                 if self.by_document:
-                    self.model.requires_grad_(False)
                     self.score_documents(stretch, sum(reads[number + 1 :]) / world.size)
-                    self.model.requires_grad_(True)
                 else:
-                    windows = self.windows(stretch.first, stretch.end)
+                    windows = self.planned[number]
                     self.score_windows(windows[len(windows) * world.rank // world.size : len(windows) * (world.rank + 1) // world.size])
                     self.adapted += (stretch.end - stretch.first) * (self.is_adapting and world.is_main)
                 self.ledger.settle(stretch.first, stretch.end, world)
@@ -5341,6 +5365,7 @@ class Evaluator:
                     if self.is_adapting:
                         self.learn(stretch)
         finally:
+            self.model.requires_grad_(True)
             for parameter, weight in zip(self.model.parameters(), before, strict=False):
                 parameter.data.copy_(weight)
                 parameter.grad = None
@@ -5353,6 +5378,31 @@ class Evaluator:
 def evaluate(run: Run, model: GPT, forward: Callable[..., Tensor], val: ValData, name: str, phase: Phase) -> Score:
     """Returns the score of the whole validation split under the evaluation `name`, with the layers of `phase`."""
     return Evaluator(run, model, forward, val, name, phase).score()
+
+
+def rehearse(run: Run, model: GPT, forward: Callable[..., Tensor], name: str, phase: Phase) -> Evaluator:
+    """Makes every kind of pass of an evaluation once, on random text, so that nothing is compiled while its clock runs; returns what made them.
+
+    No token of the split is read, and no weight changes. Every rank must call it.
+    """
+    c, generator = run.config, np.random.default_rng(run.config.seed)
+    # A document that outgrows the window, and after it more documents in a row than in real text: what is compiled holds for fewer.
+    longest, short = c.window + c.ttt_lora_chunk_tokens, max(min(256, c.window), 2 * c.ttt_lora_chunk_tokens)
+    inputs = longest + max(c.ttt_chunk_tokens, c.window, short)
+    tokens = generator.integers(0, c.vocab_size, inputs + 1).astype(np.uint16)
+    tokens[tokens == c.bos_id] = (c.bos_id + 1) % c.vocab_size
+    tokens[[0, *range(longest, inputs, short)]] = c.bos_id
+    text = ValData(tokens, np.ones(inputs, dtype=np.int64))
+    evaluator = Evaluator(run._replace(log=Log(None)), model, forward, text, name, phase)
+    evaluator.score_windows(evaluator.windows(0, inputs))
+    if evaluator.by_document:
+        evaluator.ledger, evaluator.adapters = Ledger(inputs), DocumentAdapters(model, phase, c, c.ttt_lora_batch_docs)
+        evaluator.score_adapting(np.array([(0, longest), (longest, longest + short)]), evaluator.adapters)
+    if name in ("ttt_sgd", "ttt_phased"):
+        evaluator.ledger.written[:] = True
+        evaluator.learn(Stretch(longest, min(longest + c.ttt_chunk_tokens, inputs), (0.0,)))
+        model.zero_grad()
+    return evaluator
 
 
 def write_scores(config: Config, val: ValData, nats: np.ndarray, plain: np.ndarray, starts: np.ndarray) -> None:
@@ -5379,29 +5429,38 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
         c, logit_softcap=config.eval_softcap or c.logit_softcap, logit_softcap_negative=config.eval_softcap_negative or c.logit_softcap_negative
     )
     forward, phase = compiled(model, config), Schedule(config).scored_phase
+    names = list(dict.fromkeys(["chunked", *["sliding"] * bool(config.documents_file), config.final_eval]))
+    rehearsed: dict[str, Evaluator] = {}
+    if config.compile:
+        began = time.perf_counter()
+        run.log.progress("the evaluation is compiled and rehearsed on random text")
+        rehearsed = {name: rehearse(run, model, forward, name, phase) for name in names}
+        run.log.note(f"the evaluation was compiled and rehearsed on random text in {time.perf_counter() - began:.1f} s, before its clock")
     silent = int(((val.target_bytes == 0) & (val.tokens[1:] != config.bos_id)).sum())
     if silent:
         run.log.note(f"{silent:,} of {len(val.target_bytes):,} targets, unknown to the tokenizer or markers of case, cost nats and count no bytes")
-    names = ["chunked", *["sliding"] * bool(config.documents_file), config.final_eval]
     scores: dict[str, Score] = {}
     evaluators: dict[str, Evaluator] = {}
     plain_seconds = 0.0
-    for name in dict.fromkeys(names):
+    for name in names:
         plain_seconds = plain_seconds or (evaluators["chunked"].pace() if scores else 0.0)
         spent = sum(score.seconds for score in scores.values())
-        evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds, spent)
+        evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds, spent, rehearsed.get(name))
         scores[name] = evaluators[name].score()
         run.log.event("eval", name=name, **scores[name]._asdict())
     final = evaluators[config.final_eval]
     if run.world.is_main:
         try:
-            write_scores(config, val, final.ledger.nats, evaluators[names[1]].ledger.nats, document_starts(val.tokens, config.bos_id))
+            plain = evaluators["sliding" if config.documents_file else "chunked"].ledger.nats
+            write_scores(config, val, final.ledger.nats, plain, document_starts(val.tokens, config.bos_id))
         except OSError as problem:  # the score stands without its details
             run.log.note(f"SCORES_FILE or DOCUMENTS_FILE cannot be written ({problem})")
     if config.audit:
-        # Without a clock, which might decide differently each time, and with chunks so short that there is something to learn from.
-        audited = run._replace(config=replace(config, eval_seconds=0.0, ttt_chunk_tokens=min(config.ttt_chunk_tokens, config.audit_tokens // 4)))
-        audit(run, lambda text: Evaluator(audited, model, forward, text, config.final_eval, phase), val)
+        # Without a clock, which might decide differently each time, with chunks so short that there is something to learn from, and uncompiled, for the
+        # audit looks at batches of every size.
+        chunk = min(config.ttt_chunk_tokens, config.audit_tokens // 4)
+        audited = run._replace(config=replace(config, eval_seconds=0.0, ttt_chunk_tokens=chunk, compile=False))
+        audit(run, lambda text: Evaluator(audited, model, model, text, config.final_eval, phase), val)
     return scores
 
 
@@ -5414,7 +5473,7 @@ def watched(evaluator: Evaluator, cuts: Sequence[int]) -> tuple[np.ndarray, dict
     last: list[Any] = []
     score_rows, write = evaluator.nats, evaluator.write
 
-    def remember(batch: Batch, adapters: Adapters | None = None) -> tuple[Tensor, Tensor]:
+    def remember(batch: Batch, adapters: DocumentAdapters | None = None) -> tuple[Tensor, Tensor]:
         last[:] = [batch, adapters]
         return score_rows(batch, adapters)
 

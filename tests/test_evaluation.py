@@ -79,9 +79,13 @@ def new_run(config: Config, folder: Path = Path()) -> train_gpt.Run:
 def new_evaluator(
     config: Config, model: Any, val: ValData, kind: type[Evaluator] = Evaluator, forward: Any = None, plain_seconds: float = 0.0, spent: float = 0.0
 ) -> Evaluator:
-    """Returns the evaluation that `config` names."""
+    """Returns the evaluation that `config` names; all its passes go through `forward`, where one is given."""
     phase = train_gpt.Schedule(config).scored_phase
-    return kind(new_run(config), model, model if forward is None else forward, val, config.final_eval, phase, plain_seconds, spent)
+    evaluator = kind(new_run(config), model, model if forward is None else forward, val, config.final_eval, phase, plain_seconds, spent)
+    if evaluator.by_document and forward is not None:
+        evaluator.adapters = train_gpt.DocumentAdapters(model, phase, config, config.ttt_lora_batch_docs)
+        evaluator.adapters.network = forward
+    return evaluator
 
 
 def score(config: Config, model: train_gpt.GPT, val: ValData) -> np.ndarray:
@@ -462,12 +466,14 @@ def adapt_one_by_one(
     """
     phase, size = train_gpt.Schedule(config).scored_phase, config.ttt_lora_chunk_tokens
     twin = unrolled(model, phase)
-    places = adapted_matrices(twin, train_gpt.DocumentAdapters(model, phase, 1).slots)
+    adapters = train_gpt.DocumentAdapters(model, phase, config, 1)
+    adapters.reset(None)
+    places = adapted_matrices(twin, adapters.slots(adapters.values))
     plain, scores = dict(twin.named_parameters()), {}
     for number, (first, end) in enumerate(spans):
         factors = []
         for place, (name, part) in enumerate(places):
-            start = kept[number % len(kept)][place] if kept and kept[number % len(kept)] else part.start
+            start = kept[number % len(kept)][place] if kept and kept[number % len(kept)] else part.a[0]
             factors += [start.double().clone().requires_grad_(), torch.zeros(len(plain[name]), config.ttt_lora_rank, requires_grad=True)]
         second = [torch.zeros_like(factor) for factor in factors]
         scores[first] = []
@@ -525,30 +531,51 @@ def test_each_target_alone_has_the_effect_of_the_reference(target: str) -> None:
 def test_adapters_whose_b_is_zero_change_no_score_by_a_bit(compute: str) -> None:
     config, tokens = configured("ttt_lora", num_loops=1, loop_end=1), torch.randint(24, (3, WINDOW + 1), generator=torch.Generator().manual_seed(0))
     model, phase = lively_model(config, getattr(torch, compute)), train_gpt.Schedule(config).scored_phase
-    adapters = train_gpt.DocumentAdapters(model, phase, 4)
+    adapters = train_gpt.DocumentAdapters(model, phase, config, 3)
+    adapters.reset(None)
     with torch.no_grad():
-        plain, adapted = (model(tokens[:, :-1], tokens[:, 1:], phase, given) for given in (None, adapters.slots))
+        plain, adapted = (model(tokens[:, :-1], tokens[:, 1:], phase, given) for given in (None, adapters.slots(adapters.values)))
         assert torch.equal(plain, adapted)
-        adapters.parts[0].b[2] = 0.1
-        moved = model(tokens[:, :-1], tokens[:, 1:], phase, adapters.slots)
+        adapters.values[2, len(adapters.start) :] = 0.1
+        moved = model(tokens[:, :-1], tokens[:, 1:], phase, adapters.slots(adapters.values))
     assert torch.equal(moved[:2], plain[:2]) and not torch.equal(moved[2], plain[2])
 
 
 def test_adapters_start_alike_for_every_document_and_as_linear_layers_do() -> None:
     config = configured("ttt_lora", ttt_lora_rank=40, ttt_lora_targets=Config.ttt_lora_targets)
     model, phase = lively_model(config), train_gpt.Schedule(config).scored_phase
-    one, other = (train_gpt.DocumentAdapters(model, phase, documents) for documents in (2, 5))
-    assert [sorted(slot) for slot in one.slots] == [sorted(["q", "k", "v", "out", "up", "down"])] * 2 + [["head"]]
-    for part, same in zip(one.parts, other.parts, strict=True):
-        assert torch.equal(part.a[0], same.a[4]) and not part.b.any()
+    adapters = train_gpt.DocumentAdapters(model, phase, config, 5)
+    adapters.reset(None)
+    slots = adapters.slots(adapters.values)
+    assert [sorted(slot) for slot in slots] == [sorted(["q", "k", "v", "out", "up", "down"])] * 2 + [["head"]]
+    parts = [part for slot in slots for part in slot.values()]
+    for part in parts:
+        assert torch.equal(part.a[0], part.a[4]) and not part.b.any()
         bound = 1 / math.sqrt(part.a.shape[-1])
         assert 0.95 * bound < part.a.abs().max() <= bound and abs(part.a[0].mean()) < 0.1 * bound
-    assert not torch.equal(one.parts[0].a, one.parts[1].a[:, :, :16])
-    for adapters in (one, other):
-        torch.stack([(part.a.sum() + part.b.sum()) for part in adapters.parts]).sum().backward()
-        adapters.learn()
-        adapters.reset(None)
-    assert all(torch.equal(part.a[1], same.a[3]) and not part.b.any() for part, same in zip(one.parts, other.parts, strict=True))
+    assert not torch.equal(parts[0].a, parts[1].a[:, :, :16])
+    before = adapters.values.clone()
+    adapters.serve(1, 3)
+    adapters.served.sum().backward()
+    adapters.learn(1, 2, 1)
+    assert torch.equal(adapters.values[[0, 3, 4]], before[[0, 3, 4]]) and (adapters.values[1:3] != before[1:3]).all()
+    adapters.reset(None)
+    assert torch.equal(adapters.values, before) and not adapters.squares.any()
+
+
+def test_adapters_learn_as_adamw_without_a_first_moment_does() -> None:
+    config = configured("ttt_lora", ttt_lora_weight_decay=3.0, ttt_lora_beta2=0.9)
+    adapters, generator = train_gpt.DocumentAdapters(lively_model(config), train_gpt.Schedule(config).scored_phase, config, 4), torch.Generator().manual_seed(0)
+    adapters.values, adapters.squares = torch.randn(adapters.values.shape, generator=generator).double(), adapters.squares.double()
+    reference = adapters.values[1:3].clone().requires_grad_()
+    optimizer = torch.optim.AdamW([reference], config.ttt_lora_lr, (0.0, 0.9), eps=1e-10, weight_decay=3.0)
+    for step in range(1, 5):
+        reference.grad = torch.randn(reference.shape, generator=generator, dtype=torch.float64)
+        adapters.serve(1, 2)
+        adapters.served.grad = reference.grad.clone()
+        adapters.learn(1, 2, step)
+        optimizer.step()
+    torch.testing.assert_close(adapters.values[1:3], reference.detach(), rtol=1e-12, atol=1e-13)
 
 
 @with_exact_numbers
@@ -604,39 +631,50 @@ def test_warm_a_goes_on_when_a_phase_has_fewer_documents_than_a_batch() -> None:
     assert score(config, lively_model(config), val).all()
 
 
-def test_a_compiled_model_scores_as_an_eager_one_with_one_graph_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a back end that takes seconds; documents share graphs, and adapters whose B is zero change nothing there either."""
+def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a back end that takes seconds: documents of all lengths, alone and in company, share graphs, and an evaluation after a rehearsal makes none."""
     torch._dynamo.reset()
     compile_, graphs = torch.compile, []
     monkeypatch.setattr(torch, "compile", partial(compile_, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
-    config, val = configured("ttt_lora", compile=True, ttt_lora_targets="q,head", ttt_lora_batch_docs=1, ttt_lora_warm_a=True), text([6, 8, 7])
-    model = lively_model(config)
-    evaluator = new_evaluator(config, model, val, forward=train_gpt.compiled(model, config))
+    config, val = configured("ttt_lora", compile=True, ttt_lora_targets="q,head", ttt_lora_batch_docs=3, tilt_boost=1.0), text([6, 8, 27, 1, 12, 31, 2, 16])
+    model, phase = lively_model(config), train_gpt.Schedule(config).scored_phase
+    run, forward = new_run(config), train_gpt.compiled(model, config)
+    rehearsed = train_gpt.rehearse(run, model, forward, "ttt_lora", phase)
+    made = len(graphs)
+    assert made == 5, "without adapters; forward and update, for one document and for several"
+    evaluator = train_gpt.Evaluator(run, model, forward, val, "ttt_lora", phase, rehearsed=rehearsed)
     evaluator.score()
-    assert len(graphs) == 2, "the first chunk, which is learnt from, and the second"
-    assert (evaluator.ledger.nats == score(config, model, val)).all()
-    batch, adapters = evaluator.read(np.array([(6, 6, 14)]), 8), train_gpt.DocumentAdapters(model, evaluator.phase, 1)
-    model.requires_grad_(False)  # as documents are scored
-    with torch.no_grad():
-        plain = model(*batch[:2], evaluator.phase)
-    assert torch.equal(evaluator.nats(batch, adapters.slots)[1], plain) and len(graphs) == 2
+    assert len(graphs) == made
+    np.testing.assert_allclose(evaluator.ledger.nats, score(replace(config, compile=False), model, val), **FLOAT32)
+    evaluator.score_windows(evaluator.windows(0, 0))
+    train_gpt.Evaluator(run, model, forward, val, "sliding", phase).score()
+    assert len(graphs) == made
 
 
-@pytest.mark.parametrize("name", ADAPTING)
-def test_all_evaluations_and_the_audit_of_a_run_meet_fewer_shapes_than_the_compiler_bears(name: str) -> None:
-    """Each combination of shapes and gradients is a graph of its own. Documents have all lengths, and a window many chunks."""
-    config = configured(name, compile=True, tilt_boost=1.0, ttt_lora_chunk_tokens=1, ttt_lora_batch_docs=16, ttt_lora_targets="q", audit_tokens=100)
-    model, val, shapes = lively_model(config), text(range(1, 31)), set()
+@pytest.mark.parametrize("name", ["sliding", *ADAPTING])
+def test_a_rehearsal_meets_every_shape_that_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents have all lengths, and a window many chunks. A pass with adapters is compiled for one row and for any other number."""
+    config = configured(name, compile=True, tilt_boost=1.0, ttt_lora_chunk_tokens=3, ttt_lora_batch_docs=4, ttt_lora_targets="q", val_batch_size=100)
+    model, val, shapes = lively_model(config), text(range(1, 31)), set[Any]()
+    forward = model.forward
 
-    def forward(tokens: torch.Tensor, targets: torch.Tensor, phase: Phase, adapters: Any = None) -> torch.Tensor:
-        shapes.add((tokens.shape, targets.shape, torch.is_grad_enabled(), adapters is None))
-        return model(tokens, targets, phase, adapters)
+    def noted(tokens: torch.Tensor, targets: torch.Tensor, phase: Phase, adapters: Any = None) -> torch.Tensor:
+        trained = torch.is_grad_enabled(), all(parameter.requires_grad for parameter in model.parameters())
+        shapes.add((trained, targets.dim(), tokens.shape if adapters is None else min(len(tokens), 2), phase))
+        return forward(tokens, targets, phase, adapters)
 
-    for each in ("chunked", "sliding", name):
-        new_evaluator(replace(config, final_eval=each), model, val, forward=forward).score()
-    audited(config, model, val, forward=forward)
-    train_gpt.compiled(model, config)  # sets the limit
-    assert len(shapes) <= torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(model, "forward", noted)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    phase, run = train_gpt.Schedule(config).scored_phase, new_run(config)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for each in ("chunked", name):
+        train_gpt.rehearse(run, model, model, each, phase)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    rehearsed = shapes.copy()
+    assert len(rehearsed) <= 5
+    for each, seconds in (("chunked", 0.0), (name, 0.0), (name, 1e-6)):  # the last one has no time to adapt
+        train_gpt.Evaluator(new_run(replace(config, eval_seconds=seconds)), model, model, val, each, phase, plain_seconds=1.0).score()
+    assert shapes == rehearsed
 
 
 # ----------------------------------------------------------------------------------------------------------------------

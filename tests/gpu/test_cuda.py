@@ -34,7 +34,7 @@ def model_on(device: str, dtype: str) -> train_gpt.GPT:
 
 def phase_of(model: train_gpt.GPT, batch: torch.Tensor) -> train_gpt.Phase:
     bound = train_gpt.DocumentBounds(model.config).of(batch[:, :-1])
-    return replace(train_gpt.Schedule(model.config).scored_phase, documents=bound)
+    return replace(train_gpt.Schedule(model.config).scored_phase, row_documents=bound)
 
 
 def works_here(name: str, device: torch.device) -> bool:
