@@ -1688,8 +1688,8 @@ def document_offsets(tokens: Tensor, config: Config, row_documents: int) -> Tens
     starts = (starts | (torch.arange(tokens.shape[1], device=tokens.device) == 0)).flatten()
     most = len(tokens) * row_documents or int(starts.sum())
     positions = torch.arange(len(starts), device=tokens.device)
-    first = torch.where(starts, positions, len(starts)).sort().values[:most]
-    return F.pad(first, (0, most + 1 - len(first)), value=len(starts)).int()
+    end = positions[-1:] + 1  # not F.pad: it would have a graph for each number of tokens
+    return torch.cat([torch.where(starts, positions, end).sort().values, end.expand(most + 1)])[: most + 1].int()
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -5421,7 +5421,8 @@ def write_scores(config: Config, val: ValData, nats: np.ndarray, plain: np.ndarr
 
 def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     """Returns the scores of the model read back from `artifact`, by evaluation: chunked, FINAL_EVAL, and sliding where DOCUMENTS_FILE compares with it."""
-    config = run.config
+    config = replace(run.config, val_batch_size=min(run.config.val_batch_size, len(val.tokens)))  # what is compiled is filled up to that
+    run = run._replace(config=config)
     # Without float8: the scale of a whole batch would let scores depend on later tokens.
     model = read_artifact(artifact, replace(config, fp8=""), config.artifact or str(run.folder / "artifact.bin"), run.world.device)
     model.kernels, c = run.world.kernels, model.config

@@ -631,23 +631,34 @@ def test_warm_a_goes_on_when_a_phase_has_fewer_documents_than_a_batch() -> None:
     assert score(config, lively_model(config), val).all()
 
 
-def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def attend_in_one_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
+    """Attention over documents laid end to end, (N, heads, C), as a GPU's kernels take them."""
+    places = torch.arange(len(q))
+    ids = torch.bucketize(places, offsets, right=True)
+    mask = (ids[:, None] == ids) & (places[:, None] >= places)
+    return train_gpt.attention_reference(*(side.transpose(0, 1)[None] for side in (q, k, v)), mask)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_documents(monkeypatch: pytest.MonkeyPatch, is_ragged: bool) -> None:
     """By a back end that takes seconds: documents of all lengths, alone and in company, share graphs, and an evaluation after a rehearsal makes none."""
     torch._dynamo.reset()
     compile_, graphs = torch.compile, []
     monkeypatch.setattr(torch, "compile", partial(compile_, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
-    config, val = configured("ttt_lora", compile=True, ttt_lora_targets="q,head", ttt_lora_batch_docs=3, tilt_boost=1.0), text([6, 8, 27, 1, 12, 31, 2, 16])
+    config = configured("ttt_lora", compile=True, ttt_lora_targets="q,head", ttt_lora_batch_docs=3, tilt_boost=1.0, val_batch_size=64)
+    val = text([6, 8, 27, 1, 12, 31, 2, 16])
     model, phase = lively_model(config), train_gpt.Schedule(config).scored_phase
-    run, forward = new_run(config), train_gpt.compiled(model, config)
+    run, forward, expected = new_run(config), train_gpt.compiled(model, config), score(replace(config, compile=False), model, val)
+    if is_ragged:
+        model.kernels = run.world.kernels = train_gpt.Kernels(train_gpt.ragged(attend_in_one_sequence))
     rehearsed = train_gpt.rehearse(run, model, forward, "ttt_lora", phase)
     made = len(graphs)
     assert made == 5, "without adapters; forward and update, for one document and for several"
     evaluator = train_gpt.Evaluator(run, model, forward, val, "ttt_lora", phase, rehearsed=rehearsed)
     evaluator.score()
     assert len(graphs) == made
-    np.testing.assert_allclose(evaluator.ledger.nats, score(replace(config, compile=False), model, val), **FLOAT32)
-    evaluator.score_windows(evaluator.windows(0, 0))
-    train_gpt.Evaluator(run, model, forward, val, "sliding", phase).score()
+    np.testing.assert_allclose(evaluator.ledger.nats, expected, **FLOAT32)
+    train_gpt.Evaluator(run, model, forward, val, "sliding", phase, rehearsed=rehearsed).score()
     assert len(graphs) == made
 
 
