@@ -379,6 +379,11 @@ class Config:
         """STAGES as a list."""
         return self.stages.split(",")
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the export of this run needs statistics from training text."""
+        return "export" in self.stage_list and self.quant_scheme in CALIBRATED_SCHEMES
+
 
 # Settings that rebuild the model: they travel inside the artifact and the checkpoint.
 MODEL_SETTINGS = (
@@ -3243,14 +3248,15 @@ def gram(x: Tensor) -> Tensor:
     return flat.T @ flat
 
 
-def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World, *, gradients: bool) -> dict[str, Curvature]:
+def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World) -> dict[str, Curvature]:
     """Returns the curvature around every weight, by parameter name, from the next CALIBRATION_TOKENS of training text over all ranks.
 
     The forward is that of training, masks included. Each use of a layer that runs several times is measured alone, then `merge_uses`. Gradients
-    are those of the loss on labels that the model itself draws, so that G is the Fisher information. Without `gradients` there is no G, and nothing
-    on tables that are only looked up.
+    are those of the loss on labels that the model itself draws, so that G is the Fisher information. But for `rate` there is no G, and nothing on tables
+    that are only looked up.
     """
     config, head = model.config, model.head
+    gradients = config.quant_scheme == "rate"
     num_rows = -(-config.calibration_tokens // (phase.seq_len * world.size)) * world.size
     tokens = to_device(loader.next_rows(num_rows, phase.seq_len, world), world.device)[:, :-1]
     draws = torch.rand(num_rows, phase.seq_len, generator=torch.Generator().manual_seed(config.seed))
@@ -3665,19 +3671,6 @@ def assign_two_sided(weight: Tensor, grid: Grid, allocation: Allocation, states:
     return codes
 
 
-def inefficiency_bits(curvatures: Sequence[Curvature], grids: Sequence[Grid], shapes: Sequence[torch.Size]) -> float:
-    """Returns I = log2(arithmetic / geometric mean of g_i d_j step_ij^2) / 2 over all weights: bits per weight that other steps could save at high rate."""
-    logs = []
-    for curvature, grid, shape in zip(curvatures, grids, shapes, strict=True):
-        if curvature.outputs is not None:
-            g = curvature.outputs if curvature.outputs.dim() == 1 else curvature.outputs.diagonal()
-            _, d = reverse_cholesky(damped(curvature.inputs, INPUT_DAMPING))
-            rows = (g.double() + DIAGONAL_DAMPING * g.double().mean() + 1e-20).log().cpu()[:, None]
-            logs.append((rows + d.log().cpu() + 2 * (grid.step.double() * grid.spacing).clamp_min(1e-30).log().cpu().expand(shape)).flatten())
-    every = torch.cat(logs)
-    return float(every.logsumexp(dim=0) - math.log(len(every)) - every.mean()) / math.log(4)
-
-
 # ------------------------------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -3790,25 +3783,6 @@ def content_digest(content: Any) -> str:
 
     add(content)
     return digest.hexdigest()
-
-
-def write_checkpoint(run: Run, state: TrainingState, *, step: int, skipped: int, seconds: float, finished: bool) -> bool:
-    """Writes `checkpoint.pt` into the run folder, atomically, and keeps the one before; returns whether it could. Every rank must call it.
-
-    Where it cannot be written, the log says so and the run goes on: what it has learnt is still in memory.
-    """
-    saved = state.save()
-    if run.world.is_main:
-        counts = {"step": step, "skipped": skipped, "seconds": seconds, "finished": finished}
-        content = {"version": CHECKPOINT_VERSION, "settings": asdict(run.config), **counts, "state": saved}
-        newest, before = (run.folder / name for name in CHECKPOINT_FILES)
-        try:
-            with atomic_file(newest, keep=before) as file:
-                torch.save({**content, "digest": content_digest(content)}, file)
-        except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
-            run.log.note(f"step {step}: {newest} cannot be written ({str(problem).splitlines()[0]}); the run goes on without it")
-            return False
-    return True
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -3998,7 +3972,7 @@ class Trainer:
     def reserve(self) -> None:
         """Measures what the statistics of the export take, so that training ends that much earlier."""
         config = self.run.config
-        if not (config.max_wallclock_seconds and self.wants_curvature()):
+        if not (config.max_wallclock_seconds and config.is_calibrated):
             return
         clock, before = self.clock, dict(self.state.loader.state)
         self.clock = Clock()
@@ -4008,16 +3982,12 @@ class Trainer:
         self.schedule = Schedule(replace(config, max_wallclock_seconds=max(config.max_wallclock_seconds - measured, 1e-3)))
         self.run.log.note(f"{measured:.1f} s of MAX_WALLCLOCK_SECONDS are reserved for calibration")
 
-    def wants_curvature(self) -> bool:
-        """Returns whether the export of this run needs statistics from training text."""
-        return "export" in self.run.config.stage_list and self.run.config.quant_scheme in CALIBRATED_SCHEMES
-
     def calibrate(self) -> Mapping[str, Curvature]:
         """Returns the curvature around the weights as they are, measured on the training clock; nothing where the export does not need it."""
-        if not self.wants_curvature():
+        if not self.run.config.is_calibrated:
             return {}
         self.clock.start()
-        measured = calibrate(self.state.model, self.phase, self.state.loader, self.run.world, gradients=self.run.config.quant_scheme == "rate")
+        measured = calibrate(self.state.model, self.phase, self.state.loader, self.run.world)
         synchronise(self.run.world)
         self.clock.pause()
         return measured
@@ -4028,7 +3998,7 @@ class Trainer:
         parts = {name: part for name, part in weight_parts(model).items() if part.bits < 16}
         if config.quant_scheme not in FROZEN_SCHEMES or any(part.is_frozen() for part in parts.values()):
             return
-        curvatures = calibrate(model, self.phase, self.state.loader, self.run.world, gradients=config.quant_scheme == "rate")
+        curvatures = calibrate(model, self.phase, self.state.loader, self.run.world)
         if config.quant_scheme == "adaptive":
             sigmas = adaptive_sigmas(parts, curvatures)
             for name, part in parts.items():
@@ -4085,9 +4055,23 @@ class Trainer:
         return late or self.step == config.iterations
 
     def save(self, *, finished: bool) -> bool:
-        """Writes the checkpoint; returns whether it could. Every rank must call it."""
-        seconds = self.clock.seconds()
-        return write_checkpoint(self.run, self.state, step=self.step, skipped=self.skipped, seconds=seconds, finished=finished)
+        """Writes `checkpoint.pt` into the run folder, atomically, and keeps the one before; returns whether it could. Every rank must call it.
+
+        Where it cannot be written, the log says so and the run goes on: what it has learnt is still in memory.
+        """
+        seconds, state = self.clock.seconds(), self.state.save()
+        if not self.run.world.is_main:
+            return True
+        counts = {"step": self.step, "skipped": self.skipped, "seconds": seconds, "finished": finished}
+        content = {"version": CHECKPOINT_VERSION, "settings": asdict(self.run.config), **counts, "state": state}
+        newest, before = (self.run.folder / name for name in CHECKPOINT_FILES)
+        try:
+            with atomic_file(newest, keep=before) as file:
+                torch.save({**content, "digest": content_digest(content)}, file)
+        except (OSError, RuntimeError) as problem:  # torch.save raises RuntimeError on a full disk
+            self.run.log.note(f"step {self.step}: {newest} cannot be written ({str(problem).splitlines()[0]}); the run goes on without it")
+            return False
+        return True
 
     def moment(self) -> Moment:
         """Returns how far the run has come."""
@@ -4762,9 +4746,9 @@ class Prediction(NamedTuple):
     clip_scale: float  # of the clip factors, at which `gptq` and `adaptive` fit
 
 
-def predict_bytes(model: GPT, config: Config, code: int) -> Prediction:
+def predict_bytes(model: GPT, code: int) -> Prediction:
     """Returns the predicted bytes of the artifact and of the script, which has `code` of them."""
-    parts, calibrated = weight_parts(model), config.quant_scheme in ("gptq", "adaptive")
+    config, parts = model.config, weight_parts(model)
     weights = sum(part.weight.numel() for part in parts.values())
     # `rate` takes what the cap leaves, down to steps too fine to matter.
     rate_bits = (8 * AIMED_SHARE * (config.bytes_cap - code) - overhead_bits(model)) / weights
@@ -4787,7 +4771,7 @@ def predict_bytes(model: GPT, config: Config, code: int) -> Prediction:
             table.append({"role": role.value, "params": count, "bits": round(total / count, 2), "predicted_bytes": round(total / 8)})
         bytes_total = sum(int(row["predicted_bytes"]) for row in table) + code
         excess = bytes_total - config.bytes_cap
-        if excess <= 0 or not calibrated or clip_scale > 100:
+        if excess <= 0 or config.quant_scheme not in ("gptq", "adaptive") or clip_scale > 100:
             return Prediction(table, bytes_total, clip_scale)
         clip_scale *= 2 ** (8 * (excess + 0.001 * config.bytes_cap) / weights)
 
@@ -4830,7 +4814,13 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     scheme = config.quant_scheme
     if scheme == "rate":
         packed = fill_budget(model, curvatures, budget, run)
-        costs = cost(packed)
+    elif scheme in ("gptq", "adaptive"):
+        packed = fit_clip(model, curvatures, budget, run)
+    else:
+        stored = quantise(model, curvatures, world)
+        packed = world.from_main(pack(model, stored, 0.0) if world.is_main else None)
+    costs = cost(packed)
+    if scheme == "rate":
         plain = GPT(replace(config, quant_scheme="gptq", qat_start_frac=1.0), model.dtype).to(world.device)
         plain.kernels = world.kernels
         load_weights(plain, dict(model.named_parameters()))
@@ -4844,24 +4834,15 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
         if plain_costs[measure] < costs[measure] and len(fallback.data) <= len(packed.data):
             run.log.note("rate lost to gptq on this model, so the artifact is gptq's; please report it")
             packed, costs, scheme = fallback, plain_costs, "gptq"
-    elif scheme in ("gptq", "adaptive"):
-        packed = fit_clip(model, curvatures, budget, run)
-        costs = cost(packed)
-    else:
-        stored = quantise(model, curvatures, world)
-        packed = world.from_main(pack(model, stored, 0.0) if world.is_main else None)
-        costs = cost(packed)
     if world.is_main:
         atomic_write(run.folder / "artifact.bin", packed.data)
-    total = len(packed.data) + code
-    predicted = predict_bytes(model, config, code).bytes_total
+    total, predicted = len(packed.data) + code, predict_bytes(model, code).bytes_total
     run.log.note(f"--plan predicted {predicted:,} bytes, {abs(predicted / total - 1):.2%} too {'many' if predicted > total else 'few'}")
-    sizes = {
-        "bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap, "bytes_predicted": predicted,
+    event = {
+        "bytes_model": len(packed.data), "bytes_code": code, "bytes_total": total, "bytes_cap": config.bytes_cap, "bytes_predicted": predicted, **costs,
+        "artifact_sha256": hashlib.sha256(packed.data).hexdigest(), "scheme": scheme, "coder": config.coder, "roles": packed.table,
+        "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    digest = hashlib.sha256(packed.data).hexdigest()
-    made = {"artifact_sha256": digest, "scheme": scheme, "coder": config.coder, "roles": packed.table, "seconds": time.perf_counter() - began}
-    event = {**sizes, **costs, **made}
     run.log.event("export", **event)
     return event
 
@@ -5421,10 +5402,10 @@ def write_scores(config: Config, val: ValData, nats: np.ndarray, plain: np.ndarr
 
 def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     """Returns the scores of the model read back from `artifact`, by evaluation: chunked, FINAL_EVAL, and sliding where DOCUMENTS_FILE compares with it."""
-    config = replace(run.config, val_batch_size=min(run.config.val_batch_size, len(val.tokens)))  # what is compiled is filled up to that
-    run = run._replace(config=config)
+    config, began = run.config, time.perf_counter()
     # Without float8: the scale of a whole batch would let scores depend on later tokens.
     model = read_artifact(artifact, replace(config, fp8=""), config.artifact or str(run.folder / "artifact.bin"), run.world.device)
+    read_seconds = time.perf_counter() - began
     model.kernels, c = run.world.kernels, model.config
     model.config = replace(
         c, logit_softcap=config.eval_softcap or c.logit_softcap, logit_softcap_negative=config.eval_softcap_negative or c.logit_softcap_negative
@@ -5445,7 +5426,7 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     plain_seconds = 0.0
     for name in names:
         plain_seconds = plain_seconds or (evaluators["chunked"].pace() if scores else 0.0)
-        spent = sum(score.seconds for score in scores.values())
+        spent = read_seconds + sum(score.seconds for score in scores.values())
         evaluators[name] = Evaluator(run, model, forward, val, name, phase, plain_seconds, spent, rehearsed.get(name))
         scores[name] = evaluators[name].score()
         run.log.event("eval", name=name, **scores[name]._asdict())
@@ -5565,7 +5546,7 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = GPT(config)
     code = code_bytes(source)
-    predicted = predict_bytes(model, config, code)
+    predicted = predict_bytes(model, code)
     phases = []
     tied = sum(part.weight.numel() for part in model.embedding.modules() if isinstance(part, Weight)) if config.tie_embeddings else 0
     outside = matrix_weights(model) - matrix_weights(model.blocks) + tied
@@ -5737,7 +5718,7 @@ def note_surprises(run: Run, asked: Config, model: GPT) -> None:
     if brought:
         run.log.note(f"the {'checkpoint' if 'export' in config.stage_list else 'artifact'} brings its own {' '.join(brought)}")
     if "export" in config.stage_list and run.world.is_main:
-        expected = predict_bytes(model, config, code_bytes(run.source)).bytes_total
+        expected = predict_bytes(model, code_bytes(run.source)).bytes_total
         if expected > config.bytes_cap:
             run.log.note(f"{expected:,} bytes expected, more than BYTES_CAP={config.bytes_cap:,}: the run will end with exit code 3; see --plan")
 
@@ -5751,8 +5732,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     if "train" in stages:
         for phase in Schedule(config).phases():
             rows_per_forward(config, phase, world.size)  # refuses a batch that the ranks cannot share
-    calibrated = "export" in stages and config.quant_scheme in CALIBRATED_SCHEMES
-    loader = TrainLoader(config) if "train" in stages or calibrated else None
+    loader = TrainLoader(config) if "train" in stages or config.is_calibrated else None
     val = load_val(config) if stages != ["export"] else None
 
     world.kernels, chosen = choose_fast_forms(config, world)
@@ -5767,25 +5747,27 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     counts = {"train_shards": len(loader.shards) if loader else None, "val_tokens": len(val.tokens) - 1 if val else None}
     if any(counts.values()):
         run.log.note("  ".join(f"{name}: {count:,}" for name, count in counts.items() if count))
+    inputs = len(val.tokens) if val else 0
+    scoring = run._replace(config=replace(config, val_batch_size=min(config.val_batch_size, inputs)))  # compiled passes are filled up to that
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}
     curvatures: Mapping[str, Curvature] = {}
     try:
         if "train" in stages and loader is not None and val is not None:
-            trained = Trainer(run, model, loader, lambda forward, phase: evaluate(run, model, forward, val, "chunked", phase)).train()
+            trained = Trainer(run, model, loader, lambda forward, phase: evaluate(scoring, model, forward, val, "chunked", phase)).train()
             curvatures = trained.curvatures
         elif checkpoint is not None:
             load_weights(model, checkpoint["state"]["model"])
             load_grids(model, checkpoint["state"]["grids"])
-            if calibrated and loader is not None:
+            if config.is_calibrated and loader is not None:
                 loader.state = dict(checkpoint["state"]["loader"])
-                curvatures = calibrate(model, Schedule(config).scored_phase, loader, world, gradients=config.quant_scheme == "rate")
+                curvatures = calibrate(model, Schedule(config).scored_phase, loader, world)
         if "export" in stages:
-            sizes = export(run, model, loader if calibrated else None, curvatures)
+            sizes = export(run, model, loader if config.is_calibrated else None, curvatures)
             artifact = world.from_main((run.folder / "artifact.bin").read_bytes() if world.is_main else b"")
         if "eval" in stages and val is not None:
-            scores = score_artifact(run, artifact, val)
+            scores = score_artifact(scoring, artifact, val)
         result = result_event(run, trained, sizes, scores, len(artifact), model)
         run.log.event("result", **result)
         if world.is_main:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -70,10 +71,11 @@ class Loader:
 def measure(model: train_gpt.GPT, rows: Tensor, ranks: int = 1, *, gradients: bool = True) -> dict[str, Curvature]:
     """Returns what the last of `ranks` ranks measures, which holds the sums of all."""
     phase, sums, measured = Schedule(model.config).scored_phase, list[Tensor](), {}
+    model.config = replace(model.config, quant_scheme="rate" if gradients else "gptq")
     for rank in range(ranks):
         world = Rank(rank, ranks, sums)
         loader: Any = Loader(rows)
-        measured, sums = train_gpt.calibrate(model, phase, loader, world, gradients=gradients), world.after
+        measured, sums = train_gpt.calibrate(model, phase, loader, world), world.after
     return measured
 
 

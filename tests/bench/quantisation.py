@@ -69,7 +69,7 @@ def open_bench(path: Path, eval_tokens: int, calibration_tokens: int) -> Bench:
     train_gpt.load_weights(model, saved["state"]["model"])
     loader = train_gpt.TrainLoader(config)
     loader.state = dict(saved["state"]["loader"])
-    curvatures = train_gpt.calibrate(model, train_gpt.Schedule(config).scored_phase, loader, world, gradients=True)
+    curvatures = train_gpt.calibrate(model, train_gpt.Schedule(config).scored_phase, loader, world)
     val = train_gpt.load_val(config)
     count = min(eval_tokens, len(val.tokens) - 1) // config.train_seq_len
     spans = [val.tokens[k * config.train_seq_len : (k + 1) * config.train_seq_len + 1].astype(np.int64) for k in range(count)]
@@ -105,6 +105,19 @@ def predicted(curvature: train_gpt.Curvature, error: Tensor) -> float:
 
 
 # -- Coders: bytes of everything that is stored.
+
+
+def inefficiency_bits(curvatures: Sequence[train_gpt.Curvature], grids: Sequence[train_gpt.Grid], shapes: Sequence[torch.Size]) -> float:
+    """Returns I = log2(arithmetic / geometric mean of g_i d_j step_ij^2) / 2 over all weights: bits per weight that other steps could save at high rate."""
+    logs = []
+    for curvature, grid, shape in zip(curvatures, grids, shapes, strict=True):
+        if curvature.outputs is not None:
+            g = curvature.outputs if curvature.outputs.dim() == 1 else curvature.outputs.diagonal()
+            _, d = train_gpt.reverse_cholesky(train_gpt.damped(curvature.inputs, train_gpt.INPUT_DAMPING))
+            rows = (g.double() + train_gpt.DIAGONAL_DAMPING * g.double().mean() + 1e-20).log().cpu()[:, None]
+            logs.append((rows + d.log().cpu() + 2 * (grid.step.double() * grid.spacing).clamp_min(1e-30).log().cpu().expand(shape)).flatten())
+    every = torch.cat(logs)
+    return float(every.logsumexp(dim=0) - math.log(len(every)) - every.mean()) / math.log(4)
 
 
 def packed_bytes(bench: Bench, stored: Mapping[str, Stored], step: float, **layout: Any) -> int:
@@ -287,7 +300,7 @@ def measure(bench: Bench) -> None:
         if row.startswith("gptq + range") or "exported" in row:
             entry |= {f"kl_{role}": costs(bench, outcome.stored, [role])["kl"] for role in ("attention", "mlp", "embed")}
         grids, shapes = [entry.grid for entry in outcome.stored.values()], [torch.Size(entry.codes.shape) for entry in outcome.stored.values()]
-        entry["inefficiency_bits"] = train_gpt.inefficiency_bits([bench.curvatures[name] for name in outcome.stored], grids, shapes)
+        entry["inefficiency_bits"] = inefficiency_bits([bench.curvatures[name] for name in outcome.stored], grids, shapes)
         entry |= extra
         append(entry)
 
