@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import train_gpt
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 ARGUMENTS = [
-    "PRESET=demo", "SCALE=tiny", "NUM_LAYERS=3", "MODEL_DIM=128", "NUM_HEADS=4", "NUM_KV_HEADS=2", "VOCAB_SIZE=256", "TRAIN_SEQ_LEN=64",
+    "PRESET=demo", "SCALE=tiny", "MODEL_DIM=128", "NUM_HEADS=4", "NUM_KV_HEADS=2", "VOCAB_SIZE=256", "TRAIN_SEQ_LEN=64",
 ]  # fmt: skip
 
 
@@ -121,3 +122,26 @@ def test_float8_products_keep_the_mean_loss(fp8: str) -> None:
     losses = [model(batch[:, :-1].cuda(), batch[:, 1:].cuda(), phase).float() for model in (plain, changed)]
     assert float((losses[0] - losses[1]).abs().max()) > 0
     assert abs(float((losses[0] - losses[1]).mean())) < 0.02
+
+
+@pytest.mark.parametrize("name", ["varlen", "sdpa"])
+def test_adaptation_scores_as_on_the_cpu_with_graphs_from_the_rehearsal_alone(name: str) -> None:
+    generator, found = torch.Generator().manual_seed(0), {}
+    tokens = torch.randint(2, 256, (1201,), generator=generator)
+    tokens[[0, 300, 310, 700]] = 1
+    val = train_gpt.ValData(tokens.numpy(), torch.ones(1200, dtype=torch.int64).numpy())
+    for device in ("cuda", "cpu"):
+        on_gpu = device == "cuda"
+        settings = ["FINAL_EVAL=ttt_phased", "TTT_PREFIX_DOCS=1", "TILT_BOOST=1", "TTT_LORA_CHUNK_TOKENS=16", "VAL_BATCH_SIZE=1024"]
+        config = train_gpt.parse_config([*ARGUMENTS, *settings, f"COMPILE={int(on_gpu)}"], {})
+        model = model_on(device, "bfloat16" if on_gpu else "float32")
+        world = train_gpt.World(device)
+        world.kernels = model.kernels = train_gpt.Kernels(train_gpt.ATTENTION[name if on_gpu else "sdpa"]())
+        run = train_gpt.Run(config, world, train_gpt.Log(None), Path(), train_gpt.StopSignals(), source="")
+        forward, phase = train_gpt.compiled(model, config), train_gpt.Schedule(config).scored_phase
+        rehearsed = train_gpt.rehearse(run, model, forward, "ttt_phased", phase) if on_gpu else None
+        with torch._dynamo.config.patch(error_on_recompile=on_gpu):  # type: ignore[no-untyped-call]
+            evaluator = train_gpt.Evaluator(run, model, forward, val, "ttt_phased", phase, rehearsed=rehearsed)
+            evaluator.score()
+        found[device] = torch.from_numpy(evaluator.ledger.nats).double()
+    assert (found["cuda"] - found["cpu"]).norm() <= 0.02 * found["cpu"].norm()
