@@ -370,6 +370,11 @@ class Config:
         return self.rope_dims or self.head_dim
 
     @property
+    def softcaps(self) -> tuple[float, float]:
+        """The bounds of positive and of negative logits."""
+        return self.logit_softcap, self.logit_softcap_negative or self.logit_softcap
+
+    @property
     def window(self) -> int:
         """Tokens of context in an evaluation."""
         return self.eval_seq_len or self.train_seq_len
@@ -1933,7 +1938,7 @@ def fused_cross_entropy(logits: Tensor, targets: Tensor, positive: float, negati
     count, columns = logits.shape
     losses, gradients = logits.new_empty(count, dtype=torch.float32), torch.empty_like(logits)
     block = triton.next_power_of_2(columns)
-    cross_entropy_kernel[(count,)](logits, targets, losses, gradients, columns, positive, negative, BLOCK=block, num_warps=min(max(block // 1024, 1), 16))
+    cross_entropy_kernel[(count,)](logits, targets, losses, gradients, columns, positive, negative, BLOCK=block, num_warps=min(max(block // 512, 1), 32))
     return losses, gradients
 
 
@@ -2791,25 +2796,22 @@ class GPT(nn.Module):
 
     def logits(self, tokens: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
-        c = self.config
         x = rms_norm(self.hidden(tokens, phase, adapters))
         raw = self.head(x, phase)
         if adapters and "head" in adapters[-1]:
             raw = raw + adapters[-1]["head"](x)
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        return softcap(raw, c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
+        return softcap(raw, *self.config.softcaps)
 
     def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T); of K targets at each position, (B, T, K) -> (B, T, K)."""
-        c = self.config
-        if torch.is_grad_enabled() and not adapters and targets.dim() == 2:
+        if torch.is_grad_enabled() and not adapters and targets.dim() == 2:  # training: the logits' gradient is made with the loss
             x = self.head.thin(rms_norm(self.hidden(tokens, phase, None)), phase).flatten(0, 1)
-            bounds = (c.logit_softcap, c.logit_softcap_negative or c.logit_softcap)
             matrix, fp8 = self.head.matrix(phase).to(x.dtype), self.head.product is float8_linear
             kernel = fused_cross_entropy if "cross_entropy" in self.kernels.names else cross_entropy
-            return HeadLoss.apply(x, matrix, targets.flatten(), bounds, kernel, fp8).view_as(targets)
+            return HeadLoss.apply(x, matrix, targets.flatten(), self.config.softcaps, kernel, fp8).view_as(targets)
         logits = self.logits(tokens, phase, adapters)
-        if targets.dim() == 3:
+        if targets.dim() == 3:  # the target and its hint, or, in an audit, every token
             return logits.logsumexp(dim=-1, keepdim=True) - logits.gather(2, targets)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
@@ -4927,8 +4929,8 @@ def plan_stretches(config: Config, name: str, inputs: int, starts: np.ndarray) -
     TTT_PREFIX_DOCS documents, TTT_PHASES times, the rate falling within each (PRs #1610, #1626).
     """
 
-    def cosine(count: int, of: int) -> list[float]:
-        return [(1 + math.cos(math.pi * number / of)) / 2 for number in range(count)]
+    def cosine(count: int, of: int) -> tuple[float, ...]:
+        return tuple((1 + math.cos(math.pi * number / of)) / 2 for number in range(count))
 
     size = config.ttt_chunk_tokens
     if name == "ttt_sgd":
@@ -4938,8 +4940,8 @@ def plan_stretches(config: Config, name: str, inputs: int, starts: np.ndarray) -
     if name == "ttt_phased":
         documents = min(config.ttt_prefix_docs, len(starts) - 1)
         cuts = sorted({int(starts[documents * number // config.ttt_phases]) for number in range(config.ttt_phases + 1)})
-        learnt = [Stretch(a, b, tuple(cosine(chunks, chunks))) for a, b in itertools.pairwise(cuts) for chunks in [-(-(b - a) // size)]]
-        return [*learnt, Stretch(cuts[-1], inputs)]
+        chunks = [math.ceil((b - a) / size) for a, b in itertools.pairwise(cuts)]
+        return [*(Stretch(a, b, cosine(count, count)) for a, b, count in zip(cuts, cuts[1:], chunks, strict=False)), Stretch(cuts[-1], inputs)]
     return [Stretch(0, inputs)]
 
 

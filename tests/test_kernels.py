@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
 import sys
@@ -595,3 +596,11 @@ def test_settings_that_cannot_be_are_refused(changed: dict[str, Any], message: s
         train_gpt.parse_config(["PRESET=plain", *(f"{name.upper()}={value}" for name, value in changed.items())], {})
 
 
+def test_the_model_of_the_gpu_tests_is_one_that_can_be_built() -> None:
+    """They run where there is a GPU alone, but what they are about must stay valid everywhere."""
+    spec = importlib.util.spec_from_file_location("gpu_tests", Path(__file__).parent / "gpu" / "test_cuda.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, batch = module.model_on("cpu", "float32"), module.rows()
+    assert bool(model(batch[:, :-1], batch[:, 1:], module.phase_of(model, batch)).isfinite().all())
