@@ -4304,7 +4304,7 @@ def parameters_by_role(model: GPT) -> dict[Role, dict[str, nn.Parameter]]:
 
 def bfloat16_bits(values: Tensor) -> np.ndarray:
     """Returns the upper halves of float32 values that bfloat16 holds, as little-endian 16-bit integers."""
-    return (values.float().contiguous().view(torch.int32) >> 16).to(torch.int16).numpy().astype("<i2")
+    return values.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2")
 
 
 def shuffle_bytes(data: bytes) -> bytes:
@@ -4650,6 +4650,11 @@ AIMED_SHARE, CONTENT_SHARE, MOST_PASSES = 0.9985, 0.9972, 6
 HELD_OUT_TOKENS = 65536
 
 
+def fit_of(budget: int, packed: Packed) -> tuple[bool, int]:
+    """Returns how well an artifact fits `budget` bytes, the more the better: whether it does at all, then how near it comes."""
+    return len(packed.data) <= budget, -abs(budget - len(packed.data))
+
+
 def fill_budget(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: Run) -> Packed:
     """Returns the `rate` artifact that fills `budget` bytes, or the finest useful one. Every rank must call it.
 
@@ -4660,6 +4665,7 @@ def fill_budget(model: GPT, curvatures: Mapping[str, Curvature], budget: int, ru
         return nearest
     step, allocations, counts, finest = plan_rate(model, curvatures, int(AIMED_SHARE * budget))
     step = run.world.from_main(step)
+    fit = partial(fit_of, budget)
     best: Packed | None = None
     for number in range(1, MOST_PASSES + 1):
         stored = quantise_rate(model, allocations, step, run.world)
@@ -4667,8 +4673,7 @@ def fill_budget(model: GPT, curvatures: Mapping[str, Curvature], budget: int, ru
         size = len(packed.data)
         is_finest = step <= 1.001 * finest
         run.log.note(f"rate, pass {number}: global step {step:.4g}{', the finest of use' * is_finest}: {size:,} bytes, budget {budget:,}")
-        if best is None or (size <= budget, -abs(budget - size)) > (len(best.data) <= budget, -abs(budget - len(best.data))):
-            best = packed
+        best = packed if best is None else max(best, packed, key=fit)
         if size <= budget and (size >= CONTENT_SHARE * budget or is_finest):
             break
         step = run.world.from_main(max(find_step(counts, forecast_bits(counts, step) + 8 * (AIMED_SHARE * budget - size)), finest))
@@ -4727,16 +4732,14 @@ def fit_clip(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: 
             run.log.note(f"{model.config.quant_scheme}: clip factors times {scale:.4f}: {len(packed.data):,} bytes, budget {budget:,}")
         return packed
 
-    scale = 1.0
+    scale, fit = 1.0, partial(fit_of, budget)
     packed = best = at(scale)
     for _ in range(2 * MOST_PASSES):
         if len(packed.data) <= budget and (scale == 1 or len(packed.data) >= 0.99 * budget):
             break
         scale = max(scale * 2 ** (8 * (len(packed.data) - 0.996 * budget) / weights), 1.0)
         packed = at(scale)
-        sizes = len(packed.data), len(best.data)
-        if (sizes[0] <= budget, -abs(budget - sizes[0])) > (sizes[1] <= budget, -abs(budget - sizes[1])):
-            best = packed
+        best = max(best, packed, key=fit)
     return best
 
 
@@ -5338,8 +5341,7 @@ class Evaluator:
                 if self.by_document:
                     self.score_documents(stretch, sum(reads[number + 1 :]) / world.size)
                 else:
-                    windows = self.planned[number]
-                    self.score_windows(windows[len(windows) * world.rank // world.size : len(windows) * (world.rank + 1) // world.size])
+                    self.score_windows(np.array_split(self.planned[number], world.size)[world.rank])
                     self.adapted += (stretch.end - stretch.first) * (self.is_adapting and world.is_main)
                 self.ledger.settle(stretch.first, stretch.end, world)
                 if stretch.lr_scales and self.is_adapting:
