@@ -5106,6 +5106,7 @@ class Evaluator:
         self.starts = document_starts(val.tokens, self.config.bos_id) if self.config.doc_mask else np.zeros(1, dtype=np.int64)
         self.stretches = plan_stretches(self.config, name, self.inputs, self.starts)
         self.planned = [self.windows(stretch.first, stretch.end) for stretch in self.stretches]
+        self.batch = max(self.config.val_batch_size // (self.window * run.world.size), 1)  # windows in one pass
         self.by_document = name in ("ttt_lora", "ttt_phased")
         self.ledger = Ledger(self.inputs)
         tilted = self.config.tilt_boost > 0 and name != "chunked"
@@ -5164,16 +5165,34 @@ class Evaluator:
         """Returns the windows that score [first, end) without adapters."""
         return plan_windows(first, end, self.window, self.stride, self.starts)
 
+    def reads(self, windows: int) -> int:
+        """Returns how many inputs a rank reads to score so many windows: a compiled pass is filled up."""
+        return self.window * (-(-windows // self.batch) * self.batch if self.config.compile else windows)
+
     def learning_cost(self, stretch: Stretch) -> float:
         """Returns about how many inputs could be read while all ranks learn from a stretch: a backward pass costs two forward ones."""
-        return 3.0 * self.config.ttt_epochs * (stretch.end - stretch.first) * bool(stretch.lr_scales)
+        size = self.config.ttt_chunk_tokens
+        chunks = [min(size, stretch.end - first) for first in range(stretch.first, stretch.end, size)] if stretch.lr_scales else []
+        rows = self.world.size * sum(math.prod(self.learning_passes(inputs)) for inputs in chunks)
+        return 3.0 * self.config.ttt_epochs * rows * self.config.train_seq_len
+
+    def learning_passes(self, inputs: int) -> tuple[int, int]:
+        """Returns (passes, rows of each) in which every rank reads its share of a chunk: the same for all chunks where one compiled shape is to serve them."""
+        c = self.config
+        share = -(-(c.ttt_chunk_tokens if c.compile else inputs) // (c.train_seq_len * self.world.size))
+        passes = -(-share // max(c.micro_batch_tokens // c.train_seq_len, 1))
+        return passes, -(-share // passes)
 
     def cost(self, number: int) -> float:
         """Returns the same for scoring a stretch and learning from it."""
         stretch = self.stretches[number]
         if self.by_document:
             return self.learning_cost(stretch) + sum(self.document_cost(int(end - first)) for first, end in self.documents(stretch))
-        return self.learning_cost(stretch) + self.window * len(self.planned[number])
+        return self.learning_cost(stretch) + self.plain_cost(number)
+
+    def plain_cost(self, number: int) -> int:
+        """Returns the same for scoring it without adapters."""
+        return self.world.size * self.reads(-(-len(self.planned[number]) // self.world.size))
 
     def document_cost(self, length: int) -> float:
         """Returns the same for a document of so many inputs that is scored and learnt from chunk by chunk."""
@@ -5224,13 +5243,13 @@ class Evaluator:
             rows = np.arange(count if self.config.compile else len(some)) % len(some)  # filled up with repeats, so that one compiled shape serves all
             return self.nats(self.read(some[rows], self.window))[1]
 
-        batch = max(self.config.val_batch_size // (self.window * self.world.size), 1)
         while len(windows):
-            batch = batch if self.config.compile else min(batch, len(windows))
-            scores, batch = self.with_memory(attempt, batch, "windows at a time; set VAL_BATCH_SIZE")
-            self.write(windows[:batch], scores)
-            self.note_progress(min(batch, len(windows)) * self.window)
-            windows = windows[batch:]
+            most = self.batch if self.config.compile else min(self.batch, len(windows))
+            scores, count = self.with_memory(attempt, most, "windows at a time; set VAL_BATCH_SIZE")
+            self.batch = self.batch if count == most else count
+            self.write(windows[:count], scores)
+            self.note_progress(self.reads(min(count, len(windows))))
+            windows = windows[count:]
 
     def documents(self, stretch: Stretch) -> np.ndarray:
         """Returns the (first input, end) of the documents of a stretch: (D, 2)."""
@@ -5246,12 +5265,13 @@ class Evaluator:
         batches = [documents[index : index + size] for index in range(0, len(documents), size)]
         costs = [sum(self.document_cost(int(end - first)) for first, end in batch) for batch in batches]
         mine = [n for n in range(len(batches)) if n % STREAMS % self.world.size == self.world.rank] if warm else self.world.share_of(costs)
-        adapters = self.adapters = self.adapters or DocumentAdapters(self.model, self.phase, self.config, size)
+        most = size if self.config.compile else min(size, len(self.starts))
+        adapters = self.adapters = self.adapters or DocumentAdapters(self.model, self.phase, self.config, most)
         plain = {number: np.concatenate([self.windows(int(first), int(end)) for first, end in batches[number]]) for number in mine}
         for number in mine:
             batch, stream = batches[number], number % STREAMS
             windows_left = sum(len(windows) for other, windows in plain.items() if other != number)
-            if not self.has_time(costs[number], self.window * windows_left + reads_later):
+            if not self.has_time(costs[number], self.reads(windows_left) + reads_later):
                 continue
             del plain[number]
             adapters.reset(self.kept.get(stream))
@@ -5287,6 +5307,7 @@ class Evaluator:
                 if len(learning):
                     adapters.learn(done, min(count, len(learning)), chunk + 1)
                 done += count
+        adapters.served = adapters.values  # without a gradient to keep
         self.model.requires_grad_(True)  # as `learn` and compiled passes without adapters need it
 
     def score_chunk(self, windows: np.ndarray, learning: np.ndarray, length: int, adapters: DocumentAdapters, first: int, count: int) -> Tensor:
@@ -5311,11 +5332,8 @@ class Evaluator:
             end = min(first + size, stretch.end)
             self.ledger.allow_learning(first, end)
             windows = np.array([(start, start, min(start + length, end)) for start in range(first, end, length)])[world.rank :: world.size]
-            # As many on each rank and in each pass, so that one compiled shape serves all: some of them read nothing.
-            share = -(-size // (length * world.size))
-            passes = -(-share // max(c.micro_batch_tokens // length, 1))
-            rows = -(-share // passes)
-            windows = np.concatenate([windows, np.full((passes * rows - len(windows), 3), first)])
+            passes, rows = self.learning_passes(end - first)
+            windows = np.concatenate([windows, np.full((passes * rows - len(windows), 3), first)])  # those read nothing
             self.sgd = self.sgd or torch.optim.SGD(parameters, c.ttt_lr, c.ttt_momentum)
             self.sgd.param_groups[0]["lr"] = c.ttt_lr * lr_scale
             for _ in range(c.ttt_epochs):
@@ -5330,12 +5348,12 @@ class Evaluator:
                     world.sum_(parameter.grad)
                 nn.utils.clip_grad_norm_(parameters, c.ttt_grad_clip)
                 self.sgd.step()
-            self.note_progress(3.0 * c.ttt_epochs * (end - first) / world.size)
+            self.note_progress(3.0 * c.ttt_epochs * passes * rows * length)
 
     def score(self) -> Score:
         """Returns the score of the whole split. Every rank must call it. The weights are afterwards what they were."""
         world, before = self.world, [parameter.detach().clone() for parameter in self.model.parameters()] if self.name in ("ttt_sgd", "ttt_phased") else []
-        reads = [self.window * len(windows) for windows in self.planned]
+        reads = [self.plain_cost(number) for number in range(len(self.planned))]
         try:
             for number, stretch in enumerate(self.stretches):
                 if self.by_document:
@@ -5373,7 +5391,8 @@ def rehearse(run: Run, model: GPT, forward: Callable[..., Tensor], name: str, ph
     c, generator = run.config, np.random.default_rng(run.config.seed)
     # A document that outgrows the window, and after it more documents in a row than in real text: what is compiled holds for fewer.
     longest, short = c.window + c.ttt_lora_chunk_tokens, max(min(256, c.window), 2 * c.ttt_lora_chunk_tokens)
-    inputs = longest + max(c.ttt_chunk_tokens, c.window, short)
+    learns = name in ("ttt_sgd", "ttt_phased")
+    inputs = longest + max(c.ttt_chunk_tokens * learns, c.window, short)
     tokens = generator.integers(0, c.vocab_size, inputs + 1).astype(np.uint16)
     tokens[tokens == c.bos_id] = (c.bos_id + 1) % c.vocab_size
     tokens[[0, *range(longest, inputs, short)]] = c.bos_id
@@ -5383,10 +5402,13 @@ def rehearse(run: Run, model: GPT, forward: Callable[..., Tensor], name: str, ph
     if evaluator.by_document:
         evaluator.ledger, evaluator.adapters = Ledger(inputs), DocumentAdapters(model, phase, c, c.ttt_lora_batch_docs)
         evaluator.score_adapting(np.array([(0, longest), (longest, longest + short)]), evaluator.adapters)
-    if name in ("ttt_sgd", "ttt_phased"):
+    if learns:
+        before = [parameter.detach().clone() for parameter in model.parameters()]
         evaluator.ledger.written[:] = True
         evaluator.learn(Stretch(longest, min(longest + c.ttt_chunk_tokens, inputs), (0.0,)))
         model.zero_grad()
+        for parameter, weight in zip(model.parameters(), before, strict=True):
+            parameter.data.copy_(weight)
     return evaluator
 
 
@@ -5444,6 +5466,9 @@ def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
     if config.audit:
         # Without a clock, which might decide differently each time, with chunks so short that there is something to learn from, and uncompiled, for the
         # audit looks at batches of every size.
+        rehearsed.clear()
+        for evaluator in evaluators.values():
+            evaluator.adapters = None  # their memory
         chunk = min(config.ttt_chunk_tokens, config.audit_tokens // 4)
         audited = run._replace(config=replace(config, eval_seconds=0.0, ttt_chunk_tokens=chunk, compile=False))
         audit(run, lambda text: Evaluator(audited, model, model, text, config.final_eval, phase), val)
@@ -5468,7 +5493,8 @@ def watched(evaluator: Evaluator, cuts: Sequence[int]) -> tuple[np.ndarray, dict
         for row, (start, first, end) in enumerate(windows.tolist()):
             for cut in (cut for cut in cuts if first <= cut < end):
                 batch, adapters = last
-                some = batch._replace(tokens=batch.tokens[: row + 1], hints=None if batch.hints is None else batch.hints[: row + 1])
+                hints = None if batch.hints is None else batch.hints[: row + 1]
+                some = batch._replace(tokens=batch.tokens[: row + 1], hints=hints, row_documents=0)  # the bound is the whole batch's
                 pieces = torch.arange(evaluator.config.vocab_size, device=some.tokens.device).split(64)
                 targets = [piece.expand(*some.tokens.shape, -1).contiguous() for piece in pieces]
                 seen[cut] = torch.cat([score_rows(some._replace(targets=target), adapters)[1][row, cut - start].double() for target in targets])

@@ -662,6 +662,33 @@ def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_docu
     assert len(graphs) == made
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["sliding", *ADAPTING])
+def test_what_an_evaluation_reads_is_what_its_clock_was_told(name: str, compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled passes are filled up, and that takes time too. A pass that is learnt from counts three times."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    config = configured(name, compile=compile, ttt_lora_chunk_tokens=3, ttt_lora_batch_docs=4, ttt_lora_targets="q", val_batch_size=100, ttt_phases=2)
+    model, val, read = lively_model(config), text(range(1, 31)), [0]
+    forward = model.forward
+
+    def noted(tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        read[0] += tokens.numel() * (3 if torch.is_grad_enabled() else 1)
+        return forward(tokens, *others)
+
+    monkeypatch.setattr(model, "forward", noted)
+    evaluator = new_evaluator(config, model, val)
+    evaluator.score()
+    assert evaluator.done == read[0]
+    assert evaluator.total == read[0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_audit_of_ragged_attention_looks_at_rows_more_crowded_than_their_batch(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_gpt.ATTENTION, "sdpa", lambda: train_gpt.ragged(attend_in_one_sequence))
+    config = configured("sliding", audit_tokens=300, seed=seed)
+    audited(config, lively_model(config), text([*[2] * 20, *[40] * 6]))
+
+
 @pytest.mark.parametrize("name", ["sliding", *ADAPTING])
 def test_a_rehearsal_meets_every_shape_that_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents have all lengths, and a window many chunks. A pass with adapters is compiled for one row and for any other number."""
