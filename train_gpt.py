@@ -4961,7 +4961,7 @@ class LowRank:
 class DocumentAdapters:
     """LoRA on the projections of every executed layer and on the head, apart for each document of a batch. Sources: PRs #1530, #1767.
 
-    A document's adapters lie end to end in a row of `values`, first every A, then every B, so that one product of the optimiser serves them all.
+    A document's adapters lie end to end in a row of `values`, first every A, then every B, so that an optimiser's step is one operation on all of them.
     Learning is AdamW without a first moment. Compiled, there is one graph for any number of documents from two on, and one for a single one.
     """
 
@@ -4973,7 +4973,7 @@ class DocumentAdapters:
         slots = [{name.split(".")[-2]: part.weight.shape for name, part in parts.items()} for parts in blocks]
         slots.append({"head": torch.Size([model.config.vocab_size, model.config.model_dim])})
         shapes = {(number, name): shape for number, slot in enumerate(slots) for name, shape in slot.items() if name in targets}
-        self.count, self.places = len(slots), list(shapes)
+        self.num_slots, self.places = len(slots), list(shapes)
         self.sizes = [rank * inputs for _, inputs in shapes.values()] + [rank * outputs for outputs, _ in shapes.values()]
         starts = [(2 * torch.rand(rank * inputs, generator=generator) - 1) / math.sqrt(inputs) for _, inputs in shapes.values()]
         device = model.embedding.table.weight.device
@@ -4996,7 +4996,7 @@ class DocumentAdapters:
         """Returns the adapters in rows of `values`."""
         rank, count = self.config.ttt_lora_rank, len(self.places)
         pieces = values.to(self.dtype).split(self.sizes, dim=1)
-        slots: list[dict[str, Callable[[Tensor], Tensor]]] = [{} for _ in range(self.count)]
+        slots: list[dict[str, Callable[[Tensor], Tensor]]] = [{} for _ in range(self.num_slots)]
         for (number, name), a, b in zip(self.places, pieces[:count], pieces[count:], strict=True):
             slots[number][name] = LowRank(a.unflatten(1, (rank, -1)), b.unflatten(1, (-1, rank)), self.config.ttt_lora_alpha / rank)
         return slots
@@ -5020,11 +5020,11 @@ class DocumentAdapters:
         squares.lerp_(gradient.square(), 1 - c.ttt_lora_beta2)
         values.mul_(1 - c.ttt_lora_lr * c.ttt_lora_weight_decay).sub_(c.ttt_lora_lr * gradient / ((squares / share).sqrt() + 1e-10))
 
-    def learn(self, first: int, count: int, steps: int) -> None:
-        """Takes step number `steps` for `count` documents from `first` on, the first of those that are served, down the gradients of their own losses."""
+    def learn(self, first: int, count: int, step: int) -> None:
+        """Takes step number `step` for `count` documents from `first` on, the first of those that are served, down the gradients of their own losses."""
         assert self.served.grad is not None
         rows = slice(first, first + count)
-        share = self.values.new_full((), 1 - self.config.ttt_lora_beta2**steps)
+        share = self.values.new_full((), 1 - self.config.ttt_lora_beta2**step)
         parts = self.values[rows], self.squares[rows], self.served.grad[:count]
         for part in parts:
             torch._dynamo.maybe_mark_dynamic(part, 0)
@@ -5076,7 +5076,7 @@ class Batch(NamedTuple):
     tokens: Tensor
     targets: Tensor
     hints: Tensor | None
-    row_documents: int  # a bound on their number, where attention needs one
+    row_documents: int  # a bound on their mean number in a row, where attention needs one
 
 
 # Batches of documents that keep A go round this many streams, which the ranks share: 1, 2, 4 and 8 ranks give the same scores.
@@ -5293,13 +5293,13 @@ class Evaluator:
                 break
             windows = np.stack([np.maximum(firsts, firsts + (chunk + 1) * size - self.window), begins, stops], axis=1)[:active]
             length = min((chunk + 1) * size, self.window)
-            most, done = max(self.config.micro_batch_tokens // length, 1), 0
+            done = 0
             while done < active:
                 learning = windows[done:going_on]
                 attempt = partial(self.score_chunk, windows[done:], learning, length, adapters, done)
-                fewer = min(self.most_documents, most, active - done)
-                scores, count = self.with_memory(attempt, fewer, "documents at a time; set TTT_LORA_BATCH_DOCS")
-                self.most_documents = self.most_documents if count == fewer else count
+                most = min(self.most_documents, max(self.config.micro_batch_tokens // length, 1), active - done)
+                scores, count = self.with_memory(attempt, most, "documents at a time; set TTT_LORA_BATCH_DOCS")
+                self.most_documents = self.most_documents if count == most else count
                 self.write(windows[done : done + count], scores)
                 self.note_progress(3.0 * count * length)
                 for _, begin, stop in learning[:count]:
@@ -5778,7 +5778,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     if any(counts.values()):
         run.log.note("  ".join(f"{name}: {count:,}" for name, count in counts.items() if count))
     inputs = len(val.tokens) if val else 0
-    scoring = run._replace(config=replace(config, val_batch_size=min(config.val_batch_size, inputs)))  # compiled passes are filled up to that
+    scoring = run._replace(config=replace(run.config, val_batch_size=min(config.val_batch_size, inputs)))  # compiled passes are filled up to that
     trained: Trained | None = None
     sizes: dict[str, Any] = {}
     scores: dict[str, Score] = {}
