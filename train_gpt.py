@@ -2304,6 +2304,32 @@ def weight_parts(model: nn.Module) -> dict[str, Weight]:
     return {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, Weight)}
 
 
+@torch.library.custom_op("golf::lookup_gradient", mutates_args=(), schema="(Tensor gradient, Tensor index, SymInt rows) -> Tensor")
+def lookup_gradient(gradient: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Returns the gradient (rows, columns) of a table by that of what was looked up in it, (..., columns), at `index` (...).
+
+    An operator of its own, for the compiler's would add up with atomic operations: slow on a CPU, and on a GPU in another order each time.
+    """
+    return torch.ops.aten.embedding_dense_backward(gradient, index, rows, -1, False)
+
+
+lookup_gradient.register_fake(lambda gradient, index, rows: gradient.new_empty(rows, gradient.shape[-1]))
+
+
+class Lookup(torch.autograd.Function):
+    """The rows of a table (rows, columns) at `index` (...): (..., columns)."""
+
+    @staticmethod
+    def forward(context: Any, table: Tensor, index: Tensor) -> Tensor:
+        context.save_for_backward(index)
+        context.rows = len(table)
+        return F.embedding(index, table)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return lookup_gradient(gradient, *context.saved_tensors, context.rows), None
+
+
 class Table(Weight):
     """Rows of numbers to be looked up by token or bucket."""
 
@@ -2311,7 +2337,7 @@ class Table(Weight):
         super().__init__((rows, columns), config, role, start)
 
     def forward(self, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
-        return F.embedding(index, self.stored(phase)).to(dtype)
+        return Lookup.apply(self.stored(phase), index).to(dtype)
 
 
 class Scale(Part):
@@ -3073,12 +3099,12 @@ class Optimizer:
         members: dict[tuple[Any, ...], list[str]] = {}
         parameters = dict(model.named_parameters())
         for name, role in roles.items():
-            shape = tuple(parameters[name].shape) if rules[role].optimizer == "muon" else ()
-            members.setdefault((role, shape), []).append(name)
-        self.groups: list[MuonGroup | AdamGroup] = []
-        for (role, _), names in members.items():
-            kind = MuonGroup if rules[role].optimizer == "muon" else AdamGroup
-            self.groups.append(kind(names, [parameters[name] for name in names], rules[role], config, world))
+            kind, *rates = rules[role][:3]
+            members.setdefault((kind, *rates, parameters[name].shape if kind == "muon" else ()), []).append(name)
+        kinds: dict[str, type[MuonGroup | AdamGroup]] = {"muon": MuonGroup, "adam": AdamGroup}
+        self.groups = [
+            kinds[kind](names, [parameters[name] for name in names], rules[roles[names[0]]], config, world) for (kind, *_), names in members.items()
+        ]
         self.square_sums, self.move = compiled(square_sums, config), compiled(move, config)
         optimised = [name for group in self.groups for name in group.names]
         assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"

@@ -581,6 +581,33 @@ def test_compiled_model_follows_the_phase_and_the_adapters() -> None:
     assert torch.equal(losses[4], losses[0])
 
 
+def test_a_table_gets_the_gradient_of_a_plain_lookup() -> None:
+    table, index = train_gpt.Table(7, 5, small_config(), train_gpt.Role.TABLE, nn.init.normal_).double(), torch.tensor([[3, 0, 3], [3, 6, 0]])
+    plain = nn.init.normal_(table.weight.detach().clone()).requires_grad_()
+    table.load_state_dict({"weight": plain})
+    direction = torch.randn(2, 3, 5, dtype=torch.float64)
+    y, expected = table(index, Phase((0,), 3), torch.float64), plain[index]
+    assert torch.equal(y, expected)
+    (found,), (wanted,) = torch.autograd.grad(y, [table.weight], direction), torch.autograd.grad(expected, [plain], direction)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(train_gpt.Lookup.apply, (plain, index))
+
+
+def test_the_compiled_gradient_of_a_table_is_the_same_every_time_on_several_threads() -> None:
+    """Rows that are looked up often would be added up in another order each time by atomic operations."""
+    table, index = train_gpt.Table(50, 64, small_config(), train_gpt.Role.TABLE, nn.init.normal_), torch.arange(4096).reshape(8, 512) ** 2 % 50
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        nn.init.normal_(table.weight)
+        direction = torch.randn(8, 512, 64)
+        look_up = torch.compile(lambda: (table(index, Phase((0,), 512), torch.float32) * direction).sum(), fullgraph=True)
+        gradients = [torch.autograd.grad(look_up(), [table.weight])[0] for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_gradients_of_the_compiled_model_are_those_of_eager_mode() -> None:
     torch._dynamo.reset()
     config = small_config(num_layers=1)
