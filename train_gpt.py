@@ -177,16 +177,17 @@ class Config:
     artifact: str = setting("", "artifact.bin to score, when STAGES leaves out export")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0 = only at the end", low=0)
     train_log_every: int = setting(200, "steps between log lines", low=1)
-    device: str = setting("auto", "auto = cuda where there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
-    compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
+    max_skipped_steps: int = setting(5, "steps running that may be left out because their loss or gradient is not finite; then training stops", low=0)
+    ignore_env: str = setting("", "comma-separated environment variables that are not meant for this script, whatever they look like")
     attention_backend: str = setting(
         "auto", "auto = the first in this order that passes its test on this GPU; sdpa on other devices", choices=("auto", *ATTENTION_ORDER, "reference")
     )
     kernels: str = setting("auto", "Triton kernels: auto = all that pass their test on this GPU; none; or cross_entropy,symmetric", form=parse_kernels)
+    device: str = setting("auto", "auto = cuda where there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
+    compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
     mlp_post_only: bool = setting(False, "squared relu: keep only its result for backward, the sign of its argument in the last bit")
     fp8: str = setting("", "forward products of training in float8 e4m3: some of head,mlp; empty = none. The artifact is scored without", form=parse_fp8)
-    ignore_env: str = setting("", "comma-separated environment variables that are not meant for this script, whatever they look like")
 
     # data
     data_path: str = setting("data/datasets/fineweb10B_sp1024", "folder with *_train_*.bin and *_val_*.bin shards")
@@ -208,7 +209,6 @@ class Config:
     input_stages: str = setting("bigram,smear,norm", "order of what happens to the embedded tokens before the first block")
     use_smeargate: bool = setting(False, "SmearGate: let some of the previous token's embedding into each token's")
     smeargate_kind: str = setting("blend", "blend: k x + (1 - k) x_previous; add: x + l sigmoid(W x[:GATE_WINDOW]) x_previous", choices=("blend", "add"))
-    smeargate_init: float = setting(3.0, "SmearGate blend: k starts at the sigmoid of this")
     bigram_hash_buckets: int = setting(0, "BigramHash: rows of the table of hashed token pairs; 0 = off", low=0, high=2**24)
     bigram_hash_dim: int = setting(128, "BigramHash: width of the table", low=1, high=16384)
     bigram_hash_scale: float = setting(0.0, "BigramHash: start of a learned factor; 0 = no such factor", low=0)
@@ -216,7 +216,6 @@ class Config:
     value_embed_dim: int = setting(128, "width of that embedding's table", low=1, high=16384)
     rope_base: float = setting(10000.0, "RoPE: longest wavelength is 2 pi times this, in tokens", low=1)
     rope_dims: int = setting(0, "RoPE: rotated dimensions of each head; 0 = all", low=0)
-    rope_scaling: str = setting("none", "RoPE in rows longer than TRAIN_SEQ_LEN", choices=("none", "ntk", "yarn"))
     xsa_last_n: int = setting(0, "exclusive self-attention in this many last layers", low=0)
     attention_gate_window: int = setting(0, "attention gate per head, from this many dimensions of the layer's input; MODEL_DIM = dense, 0 = off", low=0)
     attention_gate_scale: float = setting(0.5, "attention gate: sigmoid(this * W x)", low=0)
@@ -229,7 +228,6 @@ class Config:
     num_loops: int = setting(0, "depth recurrence: run layers LOOP_START to LOOP_END this many times more", low=0, high=64)
     loop_start: int = setting(0, "first looped layer", low=0, high=255)
     loop_end: int = setting(0, "last looped layer", low=0, high=255)
-    enable_looping_at: float = setting(0.0, "fraction of the run after which the loops run", low=0, high=0.999)
     loop_embedding: bool = setting(False, "tell a block which pass this is, by a learned vector per pass")
     logit_softcap: float = setting(30.0, "logits become c * tanh(logits / c)", low=1e-3)
     logit_softcap_negative: float = setting(0.0, "the same for negative logits; 0 = LOGIT_SOFTCAP", low=0)
@@ -238,6 +236,7 @@ class Config:
     # training
     seed: int = setting(1337, "of initial weights and data order", low=0, high=2**31 - 1)
     qk_gain_init: float = setting(1.5, "initial per-head gain on the normalised queries", low=0)
+    smeargate_init: float = setting(3.0, "SmearGate blend: k starts at the sigmoid of this")
     matrix_init: str = setting("orthogonal", "start of block matrices; output projections start at zero", choices=("orthogonal", "uniform"))
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding when tied (untied: 1)", low=0)
     iterations: int = setting(20000, "most training steps", low=1)
@@ -248,6 +247,7 @@ class Config:
     micro_batch_tokens: int = setting(65536, "most tokens per forward pass and rank; the rest of the batch is accumulated", low=1)
     train_seq_schedule: str = setting("", "TRAIN_SEQ_LEN by progress, as 1024@0.1,2048@1 (each until that fraction); empty = constant", form=parse_steps)
     train_batch_schedule: str = setting("", "TRAIN_BATCH_TOKENS by progress, in the same form", form=parse_steps)
+    enable_looping_at: float = setting(0.0, "fraction of the run after which the loops run", low=0, high=0.999)
     warmdown_iters: int = setting(1200, "steps of linear learning-rate decay at the end", low=0)
     warmdown_frac: float = setting(0.0, "the same as a fraction of the run; needs WARMDOWN_ITERS=0", low=0, high=1)
     warmdown_ends: str = setting("1", "fractions of the run at which a decay of WARMDOWN_FRAC ends; several = WSD-S", form=parse_fracs)
@@ -276,7 +276,6 @@ class Config:
     beta2: float = setting(0.95, "Adam: decay of the second moment", low=0, high=0.99999)
     adam_eps: float = setting(1e-8, "Adam: added to the root of the second moment", low=1e-20)
     grad_clip_norm: float = setting(0.0, "largest norm of the averaged gradient; 0 = no clipping", low=0)
-    max_skipped_steps: int = setting(5, "steps running that may be left out because their loss or gradient is not finite; then training stops", low=0)
     ema_decay: float = setting(0.0, "EMA: decay per step of the average of weights; 0 = off", low=0, high=0.99999)
     ema_every: int = setting(1, "steps between the weights that go into the EMA", low=1)
     lawa_k: int = setting(0, "LAWA: number of latest weights (of their EMA, if on) in the mean; 0 = off", low=0, high=100)
@@ -295,21 +294,21 @@ class Config:
     embed_bits: int = setting(8, "the same of embeddings and tables", low=2, high=16)
     layer_bits: str = setting("", "the same of the matrices of some layers, as 0-2:8,10:8", form=parse_layer_bits)
     gptq_lite_scope: str = setting("row", "gptq_lite: what shares a clipping percentile", choices=("row", "matrix"))
-    gptq_damping: float = setting(0.01, "gptq, adaptive: added to the diagonal of X'X, as a fraction of its mean", low=1e-9)
     attn_clip_sigmas: float = setting(13.0, "gptq, adaptive: attention is clipped at this many standard deviations of its row", low=0.1)
     mlp_clip_sigmas: float = setting(11.5, "the same of MLPs", low=0.1)
     matrix_clip_sigmas: float = setting(12.85, "the same of other matrices", low=0.1)
     embed_clip_sigmas: float = setting(14.0, "the same of embeddings and tables", low=0.1)
+    calibration_tokens: int = setting(131072, "training tokens that gptq, adaptive and rate take their statistics from, over all ranks", low=1)
+    bytes_cap: int = setting(16_000_000, "most bytes of packed code plus artifact", low=1)
+    gptq_damping: float = setting(0.01, "gptq, adaptive: added to the diagonal of X'X, as a fraction of its mean", low=1e-9)
     lqer_rank: int = setting(0, "LQER: rank of a correction of what gptq_lite, gptq and adaptive leave over; 0 = off", low=0, high=64)
     lqer_top_k: int = setting(3, "LQER: number of matrices, worst first, that get one", low=1)
     lqer_factor_bits: int = setting(4, "LQER: bits of the right factor, in groups of LQER_ASYM_GROUP", low=2, high=8)
     lqer_left_bits: int = setting(2, "LQER: bits of the left factor", low=2, high=8)
     lqer_asym_group: int = setting(64, "LQER: columns of the right factor that share a step", low=1)
-    calibration_tokens: int = setting(131072, "training tokens that gptq, adaptive and rate take their statistics from, over all ranks", low=1)
     coder: str = setting("range", "a byte coder, or range = an entropy coder that knows rows and columns", choices=("zlib", "zstd", "brotli", "range"))
     code_order: str = setting("rows", "byte coders: codes by rows, by columns, or by columns with similar rows together", choices=("rows", "columns", "sorted"))
     byte_shuffle: bool = setting(False, "byte coders: first all low bytes of two-byte numbers, then all high ones")
-    bytes_cap: int = setting(16_000_000, "most bytes of packed code plus artifact", low=1)
 
     # evaluation
     val_batch_size: int = setting(524288, "tokens per forward pass of an evaluation, over all ranks", low=1)
@@ -321,6 +320,7 @@ class Config:
         choices=("chunked", "sliding", "ttt_sgd", "ttt_lora", "ttt_phased"),
     )
     eval_seq_len: int = setting(0, "context of an evaluation in tokens; 0 = TRAIN_SEQ_LEN", low=0)
+    rope_scaling: str = setting("none", "RoPE in rows longer than TRAIN_SEQ_LEN", choices=("none", "ntk", "yarn"))
     eval_stride: int = setting(64, "targets scored per window, where a document is longer than a window", low=1)
     eval_seconds: float = setting(0.0, "adaptation ends in time for all evaluations of the artifact to take no longer than this; 0 = no limit", low=0)
     eval_softcap: float = setting(0.0, "LOGIT_SOFTCAP of evaluations; 0 = the model's", low=0)
@@ -390,31 +390,20 @@ class Config:
         return "export" in self.stage_list and self.quant_scheme in CALIBRATED_SCHEMES
 
 
+def settings_between(first: str, last: str) -> tuple[str, ...]:
+    """Returns the names of the fields of `Config` from `first` to `last`."""
+    names = [each.name for each in fields(Config)]
+    return tuple(names[names.index(first) : names.index(last) + 1])
+
+
 # Settings that rebuild the model: they travel inside the artifact and the checkpoint.
-MODEL_SETTINGS = (
-    "vocab_size", "bos_id", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_relu_slope", "swiglu", "tie_embeddings",
-    "embed_rank", "input_stages", "use_smeargate", "smeargate_kind", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_scale", "value_embed_layers",
-    "value_embed_dim", "rope_base", "rope_dims", "xsa_last_n", "attention_gate_window", "attention_gate_scale", "gate_window",
-    "ln_scale", "skip_connections", "dynamic_skip_last_n", "parallel_residuals", "parallel_start_layer", "num_loops", "loop_start", "loop_end",
-    "loop_embedding", "logit_softcap", "logit_softcap_negative", "doc_mask", "train_seq_len",
-)  # fmt: skip
+MODEL_SETTINGS = (*settings_between("vocab_size", "doc_mask"), "train_seq_len")
 # Settings that may differ between a run and its continuation: they do not reach the trained weights, but for the rounding of kernels.
 FREE_ON_RESUME = (
-    "attention_backend", "kernels",
-    "run_id", "runs_dir", "stages", "resume", "checkpoint", "artifact", "checkpoint_every", "train_log_every", "ignore_env", "max_skipped_steps",
-    "lqer_rank", "lqer_top_k", "lqer_factor_bits", "lqer_left_bits", "lqer_asym_group", "gptq_damping",
-    "coder", "code_order", "byte_shuffle", "val_batch_size", "val_loss_every", "rope_scaling", "final_eval", "eval_seq_len", "eval_stride",
-    "eval_seconds", "eval_softcap", "eval_softcap_negative", "tilt_boost", "tilt_order", "tilt_count", "ttt_lr", "ttt_momentum", "ttt_epochs",
-    "ttt_chunk_tokens", "ttt_grad_clip", "ttt_prefix_docs", "ttt_phases", "ttt_lora_rank", "ttt_lora_alpha", "ttt_lora_targets", "ttt_lora_lr",
-    "ttt_lora_beta2", "ttt_lora_weight_decay", "ttt_lora_chunk_tokens", "ttt_lora_batch_docs", "ttt_lora_warm_a", "scores_file", "documents_file",
-    "audit", "audit_tokens",
+    *settings_between("run_id", "kernels"), *settings_between("gptq_damping", "byte_shuffle"), *settings_between("val_batch_size", "audit_tokens"),
 )  # fmt: skip
-
 # These as well, as long as training never sees the grid.
-GRID_SETTINGS = (
-    "quant_scheme", "matrix_bits", "mlp_bits", "embed_bits", "layer_bits", "gptq_lite_scope", "attn_clip_sigmas", "mlp_clip_sigmas",
-    "matrix_clip_sigmas", "embed_clip_sigmas", "calibration_tokens", "bytes_cap", "qat_loop_noise",
-)  # fmt: skip
+GRID_SETTINGS = (*settings_between("quant_scheme", "bytes_cap"), "qat_loop_noise")
 
 SP8192 = {"data_path": "data/datasets/fineweb10B_sp8192", "tokenizer_path": "data/tokenizers/fineweb_8192_bpe.model", "vocab_size": 8192}
 # What the later public systems share: 11 x 512 with exclusive self-attention, partial RoPE, scaled norms, and Muon with weight decay.
@@ -522,38 +511,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "final_eval": "ttt_lora", "ttt_lora_rank": 16, "ttt_lora_alpha": 72.0, "ttt_lora_lr": 0.001, "ttt_lora_chunk_tokens": 64,
     },
 }
-# SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU. Numbers that count layers or depend on the size of
-# something follow their preset.
+# SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU.
 TINY: dict[str, Any] = {
-    "num_layers": 3, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "compile": False,
+    "num_layers": 4, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "bigram_hash_dim": 16, "value_embed_dim": 16, "gate_window": 8, "compile": False,
     "train_seq_len": 64, "train_batch_tokens": 1024, "micro_batch_tokens": 1024, "val_batch_size": 4096, "eval_stride": 32,
     "iterations": 30, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 10,
-    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6, "lawa_every": 2, "gate_window": 8, "calibration_tokens": 4096,
+    "muon_momentum_warmup_steps": 10, "warmdown_iters": 0, "warmdown_frac": 0.6, "lawa_every": 2, "calibration_tokens": 4096,
     "ttt_chunk_tokens": 2048, "ttt_lora_rank": 4, "ttt_lora_chunk_tokens": 32, "ttt_prefix_docs": 8,
 }
-TINY_SHAPE: dict[str, Any] = {"num_layers": 4, "loop_start": 1, "loop_end": 1, "rope_dims": 8, "ema_decay": 0.8}
-TINY_OF_PRESET: dict[str, dict[str, Any]] = {
-    "recurrent": {"embed_rank": 32, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "warmdown_frac": 0.25, "ema_decay": 0.8},
-    "smeargate": {"bigram_hash_buckets": 256, "bigram_hash_dim": 16},
-    "xsa_swiglu_lora_ttt": {"xsa_last_n": 1, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "swa_every": 2},
-    "sp8192_ttt": {**TINY_SHAPE, "parallel_start_layer": 2},
-    "adaptive_clip": {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2},
-    "gptq_lite": {
-        "rope_dims": 8, "xsa_last_n": 1, "value_embed_layers": "1,2", "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16,
-        "swa_every": 2,
-    },
-    **{
-        preset: {**TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1"}
-        for preset in ("looped", "unique", "frontier")
-    },
-    "default": {
-        **TINY_SHAPE, "attention_gate_window": 8, "parallel_start_layer": 2, "train_seq_schedule": "16@0.2,32@0.7,64@1",
-        "value_embed_layers": "2,3", "value_embed_dim": 16,
-    },
-    "demo": {
-        **TINY_SHAPE, "attention_gate_window": 8, "value_embed_dim": 16, "bigram_hash_buckets": 256, "bigram_hash_dim": 16, "train_seq_schedule": "32@0.2,64@1",
-    },
+# Of these, what a preset has on; then what is a preset's own.
+TINY_FEATURES: dict[str, Any] = {
+    "loop_start": 1, "loop_end": 1, "parallel_start_layer": 2, "value_embed_layers": "2,3", "attention_gate_window": 8, "rope_dims": 8, "embed_rank": 32,
+    "bigram_hash_buckets": 256, "train_seq_schedule": "16@0.2,32@0.7,64@1", "ema_decay": 0.8, "swa_every": 2,
 }
+TINY_OF_PRESET: dict[str, dict[str, Any]] = {
+    "recurrent": {"num_layers": 3, "loop_end": 2, "warmdown_frac": 0.25}, "demo": {"train_seq_schedule": "32@0.2,64@1"},
+}  # fmt: skip
 
 SETTINGS = {setting_field.name.upper(): setting_field for setting_field in fields(Config)}
 # Names that the public records use for what is set otherwise here.
@@ -672,8 +645,9 @@ def parse_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Co
     preset = values.get("preset", Config.preset)
     if preset not in PRESETS:
         problems.append(f"PRESET={preset}: expected one of: {' '.join(PRESETS)}{did_you_mean(preset, list(PRESETS))}")
-    tiny = {**TINY, **TINY_OF_PRESET.get(preset, {})} if values.get("scale", Config.scale) == "tiny" else {}
-    config = Config(**{**PRESETS.get(preset, {}), **tiny, **values})
+    row = PRESETS.get(preset, {})
+    tiny = {**TINY, **{name: value for name, value in TINY_FEATURES.items() if row.get(name)}, **TINY_OF_PRESET.get(preset, {})}
+    config = Config(**{**row, **(tiny if values.get("scale", Config.scale) == "tiny" else {}), **values})
     problems += validate(config)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -597,7 +597,9 @@ def test_the_loop_embedding_starts_as_nothing() -> None:
 # Fields of the config's model section that are sizes. Every other one is a switch.
 SIZES = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "bigram_hash_dim", "value_embed_dim"}
 # Switches of the initial weights, which the config has among the settings of training.
-STARTS = {"qk_gain_init", "matrix_init", "tied_embed_init_std"}
+STARTS = {"qk_gain_init", "smeargate_init", "matrix_init", "tied_embed_init_std"}
+# Switches of what a model with these weights computes: when its loops run, and how far its rows reach.
+PHASES = {"enable_looping_at", "rope_scaling"}
 # Switches of the grids that QAT computes with; test_roles.py tries the others of these.
 GRIDS = {"quant_scheme", "matrix_bits", "mlp_bits", "embed_bits", "layer_bits", "qat_loop_noise"}
 # In which of EVERYTHING a switch is tried, and the value it has instead.
@@ -623,14 +625,11 @@ SWITCHES: list[tuple[str, str, Any]] = [
 def test_the_list_of_switches_is_complete() -> None:
     names = [each.name for each in fields(Config)]
     section = set(names[names.index("vocab_size") : names.index("doc_mask") + 1])
-    assert {switch for _, switch, _ in SWITCHES} == (section - SIZES) | STARTS | GRIDS
+    assert {switch for _, switch, _ in SWITCHES} == (section - SIZES) | STARTS | PHASES | GRIDS
     elsewhere = {"gptq_lite_scope", *(name for name in names if name.endswith("_clip_sigmas"))}
     statistics = {"calibration_tokens", "bytes_cap"}  # they move frozen grids alone
     assert set(train_gpt.GRID_SETTINGS) == GRIDS | elsewhere | statistics
-    assert set(train_gpt.MODEL_SETTINGS) <= section | {"train_seq_len"}
-    sets_weights = {"smeargate_init"}  # the artifact holds what became of it
-    at_scoring = {"enable_looping_at", "rope_scaling"}  # all loops run then, and the length of rows is a matter of the evaluation
-    assert section - set(train_gpt.MODEL_SETTINGS) == sets_weights | at_scoring
+    assert set(train_gpt.MODEL_SETTINGS) == section | {"train_seq_len"}
 
 
 def long_rows() -> Tensor:
