@@ -818,7 +818,6 @@ class World:
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         if kind == "cpu":
             keep_freed_memory()
-        self.kernels = Kernels(ATTENTION["sdpa"]())
         self.control: dist.ProcessGroup | None = None
         if kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -839,13 +838,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_float64(self, values: Sequence[float]) -> list[float]:
-        """Returns host-side float64 sums over ranks."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(total, group=self.control)
-        return total.tolist()
-
     def start_sum(self, tensor: Tensor) -> Transfer:
         """Starts to replace `tensor` by its sum over ranks."""
         return Transfer(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
@@ -863,10 +855,6 @@ class World:
             return Transfer(share, None)
         whole = share.new_empty((len(share) * self.size, *share.shape[1:]))
         return Transfer(whole, all_gather(whole, share.contiguous(), async_op=True))
-
-    def gather(self, share: Tensor) -> Tensor:
-        """Returns the ranks' shares, concatenated in rank order."""
-        return self.start_gather(share).wait()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Returns every rank's `value`, in rank order, on every rank."""
@@ -2409,40 +2397,22 @@ class Embedding(nn.Module):
         return x if self.widen is None else self.widen(x, phase)
 
 
-class TiedHead(nn.Module):
-    """The embedding as the output head: x (B, T, D) times the embedding of every token, (B, T, V)."""
+class Head(nn.Module):
+    """The output head: x (B, T, D) times a row for every token, (B, T, V). The rows are the embedding's, or its own."""
 
-    def __init__(self, embedding: Embedding) -> None:
+    def __init__(self, config: Config, embedding: Embedding) -> None:
         super().__init__()
-        self.embedding = embedding
-        self.product = float8_linear if "head" in parse_fp8(embedding.table.config.fp8) else F.linear
+        c, is_tied = config, config.tie_embeddings
+        self.table = embedding.table if is_tied else Weight((c.vocab_size, c.model_dim), c, Role.HEAD, nn.init.zeros_)
+        self.widen = embedding.widen if is_tied else None
+        self.product = float8_linear if "head" in parse_fp8(c.fp8) else F.linear
 
     def forward(self, x: Tensor, phase: Phase) -> Tensor:
-        return self.product(self.thin(x, phase), self.matrix(phase).to(x.dtype))
-
-    def matrix(self, phase: Phase) -> Tensor:
-        """Returns the table, (V, D) or (V, EMBED_RANK)."""
-        return self.embedding.table.stored(phase)
+        return self.product(self.thin(x, phase), self.table.stored(phase).to(x.dtype))
 
     def thin(self, x: Tensor, phase: Phase) -> Tensor:
-        """Returns what the table is multiplied with: x, or (B, T, EMBED_RANK)."""
-        widen = self.embedding.widen
-        return x if widen is None else x @ widen.stored(phase).to(x.dtype)
-
-
-class Head(Linear):
-    """A matrix of its own as the output head: x (B, T, D) -> (B, T, V)."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config.model_dim, config.vocab_size, config, Role.HEAD, zero_init=True)
-
-    def matrix(self, phase: Phase) -> Tensor:
-        """Returns the matrix, (V, D)."""
-        return self.stored(phase)
-
-    def thin(self, x: Tensor, phase: Phase) -> Tensor:
-        """Returns what the matrix is multiplied with: x."""
-        return x
+        """Returns what the rows are multiplied with: x, or with a factored embedding (B, T, EMBED_RANK)."""
+        return x if self.widen is None else x @ self.widen.stored(phase).to(x.dtype)
 
 
 class ValueEmbedding(nn.Module):
@@ -2729,13 +2699,13 @@ class GPT(nn.Module):
 
     rate_step: Tensor
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float32) -> None:
-        """Builds it with weights unset: call `init_weights`, or load them. `dtype` is that of activations."""
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None) -> None:
+        """Builds it with weights unset: call `init_weights`, or load them. `dtype` is that of activations; without `kernels`, plain PyTorch computes."""
         super().__init__()
         c = config
         self.config = config
         self.dtype = dtype
-        self.kernels = Kernels(ATTENTION["reference" if c.attention_backend == "reference" else "sdpa"]())
+        self.kernels = kernels or Kernels(ATTENTION["reference" if c.attention_backend == "reference" else "sdpa"]())
         self.embedding = Embedding(c)
         self.stages = input_stages(c)
         self.value_embedding = ValueEmbedding(c) if c.value_embed_layers else None
@@ -2749,7 +2719,7 @@ class GPT(nn.Module):
         self.loop_embedding = LoopEmbedding(c) if c.loop_embedding else Keep()
         if c.qat_start_frac < 1 and c.quant_scheme == "rate":
             self.register_buffer("rate_step", torch.zeros(()))
-        self.head = TiedHead(self.embedding) if c.tie_embeddings else Head(c)
+        self.head = Head(c, self.embedding)
 
     @property
     def frozen_step(self) -> float:
@@ -2807,7 +2777,7 @@ class GPT(nn.Module):
         """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T); of K targets at each position, (B, T, K) -> (B, T, K)."""
         if torch.is_grad_enabled() and not adapters and targets.dim() == 2:  # training: the logits' gradient is made with the loss
             x = self.head.thin(rms_norm(self.hidden(tokens, phase, None)), phase).flatten(0, 1)
-            matrix, fp8 = self.head.matrix(phase).to(x.dtype), self.head.product is float8_linear
+            matrix, fp8 = self.head.table.stored(phase).to(x.dtype), self.head.product is float8_linear
             kernel = fused_cross_entropy if "cross_entropy" in self.kernels.names else cross_entropy
             return HeadLoss.apply(x, matrix, targets.flatten(), self.config.softcaps, kernel, fp8).view_as(targets)
         logits = self.logits(tokens, phase, adapters)
@@ -2938,8 +2908,11 @@ class MuonGroup:
     updates if asked (NorMuon, arXiv:2510.05491, at the norm that the update had before), times sqrt(max(1, rows / columns)).
     """
 
-    def __init__(self, names: list[str], parameters: list[nn.Parameter], rule: RoleRule, config: Config, world: World) -> None:
-        self.names, self.parameters, self.rule, self.config, self.world = names, parameters, rule, config, world
+    def __init__(
+        self, names: list[str], parameters: list[nn.Parameter], rule: RoleRule, config: Config, world: World, product: Callable[..., Tensor] = symmetric
+    ) -> None:
+        """`product` computes as `symmetric` does."""
+        self.names, self.parameters, self.rule, self.config, self.world, self.product = names, parameters, rule, config, world, product
         self.share = -(-len(parameters) // world.size)
         like = parameters[0].data
         self.state = {"momentum": like.new_zeros(self.share, *like.shape)}
@@ -2969,8 +2942,7 @@ class MuonGroup:
         c = self.config
         if c.muon_row_normalize:
             momentum = momentum / momentum.norm(dim=2, keepdim=True).clamp_min(1e-7)
-        product = fast_symmetric if "symmetric" in self.world.kernels.names else symmetric
-        return orthogonalise(momentum, c.muon_backend_steps, c.muon_coefficients, product).to(momentum.dtype)
+        return orthogonalise(momentum, c.muon_backend_steps, c.muon_coefficients, self.product).to(momentum.dtype)
 
     def equal_rows(self, update: Tensor) -> Tensor:
         """Returns the update with rows that have lately been large made smaller and the others larger, at the same norm per matrix."""
@@ -2991,7 +2963,7 @@ class MuonGroup:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns the state of every parameter by name, the same for any number of ranks. Every rank must call it."""
-        whole = {key: self.world.gather(tensor) for key, tensor in self.state.items()}
+        whole = {key: self.world.start_gather(tensor).wait() for key, tensor in self.state.items()}
         return {name: {key: tensor[row].clone() for key, tensor in whole.items()} for row, name in enumerate(self.names)}
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -3068,14 +3040,15 @@ class Optimizer:
     """All groups of a model: reduces gradients over ranks, clips the averaged gradient, steps, and leaves weights alone when it is not finite."""
 
     def __init__(self, model: GPT, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+        self.config, self.world, self.kernels = config, world, model.kernels
         rules, roles = role_rules(config), parameter_roles(model)
         members: dict[tuple[Any, ...], list[str]] = {}
         parameters = dict(model.named_parameters())
         for name, role in roles.items():
             kind, *rates = rules[role][:3]
             members.setdefault((kind, *rates, parameters[name].shape if kind == "muon" else ()), []).append(name)
-        kinds: dict[str, type[MuonGroup | AdamGroup]] = {"muon": MuonGroup, "adam": AdamGroup}
+        product = fast_symmetric if "symmetric" in model.kernels.names else symmetric
+        kinds: dict[str, Callable[..., MuonGroup | AdamGroup]] = {"muon": partial(MuonGroup, product=product), "adam": AdamGroup}
         self.groups = [
             kinds[kind](names, [parameters[name] for name in names], rules[roles[names[0]]], config, world) for (kind, *_), names in members.items()
         ]
@@ -3114,24 +3087,19 @@ class Optimizer:
 
 
 class Average:
-    """A running average of the weights, offered to it after every step. All of its state lies in `state`, one list of tensors a key, and `count`."""
+    """A running average of the weights. All of its state lies in `state`, one list of tensors a key, and `count`.
+
+    Each kind has `due`, which says whether the weights after a step go into the average, and `add`, which takes them in.
+    """
 
     def __init__(self, weights: list[Tensor], config: Config) -> None:
         self.config = config
         self.count = 0  # weights that went into the average
         self.state: dict[str, list[Tensor]] = {"mean": [torch.zeros_like(weight) for weight in weights]}
 
-    def due(self, step: int, lr_scale: float) -> bool:
-        """Returns whether the weights after this step go into the average."""
-        raise NotImplementedError
 
-    def add(self, weights: list[Tensor]) -> None:
-        """Takes these weights into the average."""
-        raise NotImplementedError
-
-
-class ExponentialAverage(Average):
-    """EMA: weights w_1 .. w_n, taken every EMA_EVERY steps, count in proportion to decay^(n - i), decay being EMA_DECAY's over as many steps.
+class EMA(Average):
+    """Exponential: weights w_1 .. w_n, taken every EMA_EVERY steps, count in proportion to decay^(n - i), decay being EMA_DECAY's over as many steps.
 
     No start from the initial weights, hence no bias to them.
     """
@@ -3145,8 +3113,8 @@ class ExponentialAverage(Average):
         torch._foreach_lerp_(self.state["mean"], weights, (1 - decay) / (1 - decay**self.count))
 
 
-class LatestAverage(Average):
-    """LAWA: the mean of the last LAWA_K weights, taken every LAWA_EVERY steps. Source: arXiv:2209.14981."""
+class LAWA(Average):
+    """Latest: the mean of the last LAWA_K weights, taken every LAWA_EVERY steps. Source: arXiv:2209.14981."""
 
     def __init__(self, weights: list[Tensor], config: Config) -> None:
         super().__init__(weights, config)
@@ -3164,8 +3132,8 @@ class LatestAverage(Average):
             mean.copy_(kept[:filled].mean(dim=0))
 
 
-class TightAverage(Average):
-    """SWA: the mean of all weights taken every SWA_EVERY steps once the learning rate is at most SWA_START_LR_SCALE. Source: arXiv:1803.05407."""
+class SWA(Average):
+    """Stochastic: the mean of all weights taken every SWA_EVERY steps once the learning rate is at most SWA_START_LR_SCALE. Source: arXiv:1803.05407."""
 
     def due(self, step: int, lr_scale: float) -> bool:
         return lr_scale <= self.config.swa_start_lr_scale and step % self.config.swa_every == 0
@@ -3181,7 +3149,7 @@ class Averages:
     def __init__(self, model: GPT, config: Config) -> None:
         self.parameters = dict(model.named_parameters())
         weights = self.weights()
-        kinds = ((ExponentialAverage, config.ema_decay), (LatestAverage, config.lawa_k), (TightAverage, config.swa_every))
+        kinds: tuple[tuple[type[EMA | LAWA | SWA], float], ...] = ((EMA, config.ema_decay), (LAWA, config.lawa_k), (SWA, config.swa_every))
         self.chain = [kind(weights, config) for kind, used in kinds if used]
 
     def weights(self) -> list[Tensor]:
@@ -3288,18 +3256,18 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World) -> di
 
     def on_score(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         x = arguments[0]
-        add(scored, "score", "inputs", gram(module.thin(x, phase) if isinstance(module, TiedHead) else x))
-        if gradients and isinstance(module, TiedHead) and module.embedding.widen is not None:
-            table = module.embedding.table.weight.detach()
+        add(scored, "score", "inputs", gram(head.thin(x, phase)))
+        if gradients and head.widen is not None:
+            table = head.table.weight.detach()
             add("embedding.widen.weight", "score", "outputs", gram(x))
             output.register_hook(lambda gradient: add("embedding.widen.weight", "score", "inputs", gram(gradient.float() @ table)))
 
-    scored = "embedding.table.weight" if isinstance(head, TiedHead) else "head.weight"
+    scored = "embedding.table.weight" if config.tie_embeddings else "head.table.weight"
     handles = [head.register_forward_hook(on_score)]
     for path, module in model.named_modules():
         if isinstance(module, Joined):
             handles.append(module.register_forward_hook(partial(on_multiply_joined, path)))
-        elif isinstance(module, Weight) and module is not head:
+        elif isinstance(module, Linear | Table):
             handles.append(module.register_forward_hook(partial(on_lookup if isinstance(module, Table) else on_multiply, f"{path}.weight")))
     model.requires_grad_(False)
     try:
@@ -3679,7 +3647,7 @@ def assign_two_sided(weight: Tensor, grid: Grid, allocation: Allocation, states:
 # Owns the loop: warm-up that leaves no trace, steps, validation and checkpoints in between, and every way to stop. It knows of
 # evaluation only the callback `validate`.
 
-CHECKPOINT_VERSION, DIGEST_BYTES = 5, 16
+CHECKPOINT_VERSION, DIGEST_BYTES = 6, 16
 CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and the one before
 # The decision to stop is two steps old when it is obeyed on a CPU, three on a GPU, whose queue runs a step behind the host.
 STEPS_IN_FLIGHT = 3
@@ -3770,7 +3738,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def content_digest(content: Any) -> str:
-    """Returns a digest of nested dictionaries of tensors and plain values."""
+    """Returns a digest of nested dictionaries of tensors and plain values.
+
+    The checksums of a zip archive, which a checkpoint is, are not enough: 12 of 10,000 damaged files passed them and held something else.
+    """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
 
     def add(value: Any) -> None:
@@ -3848,7 +3819,7 @@ def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: 
     rows = loader.next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, world)
     loss = torch.zeros((), device=world.device)
     for share_of_rows in rows.split(rows_per_forward(loader.config, phase, world.size)):
-        if world.kernels.attention.is_ragged:
+        if optimizer.kernels.attention.is_ragged:
             phase = replace(phase, row_documents=loader.bounds.of(share_of_rows[:, :-1]))
         part = to_device(share_of_rows, world.device)
         if loader.config.qat_loop_noise and phase.qat:  # the same noise on every rank, in every part of the batch, and after a resume
@@ -4510,7 +4481,7 @@ def with_model_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return merged
 
 
-def read_artifact(data: bytes, config: Config, source: str, device: torch.device | str = "cpu") -> GPT:
+def read_artifact(data: bytes, config: Config, source: str, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:
     """Returns the model that an artifact holds, on `device`. Raises ValueError on anything that is not a whole, unaltered artifact."""
     header, offset = artifact_header(data, source)
     try:
@@ -4547,7 +4518,7 @@ def read_artifact(data: bytes, config: Config, source: str, device: torch.device
             raise ValueError(f"it holds {len(data) - DIGEST_BYTES - offset} bytes that no role claims")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: not a valid artifact: {error}") from None
-    model = GPT(config, compute_dtype(config, torch.device(device))).to(device)
+    model = GPT(config, compute_dtype(config, torch.device(device)), kernels).to(device)
     load_weights(model, entries)
     return model
 
@@ -4791,7 +4762,7 @@ def divergence(model: GPT, other: GPT, rows: Tensor, world: World) -> tuple[floa
             gap = mine - theirs
             kl, change = (mine.exp() * gap).sum(dtype=torch.float64), gap.gather(2, part[:, 1:, None]).sum(dtype=torch.float64)
             totals += torch.tensor([float(kl), float(change), float(part[:, 1:].numel())], dtype=torch.float64)
-    total_kl, total_change, count = world.sum_float64(totals.tolist())
+    total_kl, total_change, count = np.sum(world.gather_objects(totals.tolist()), axis=0).tolist()
     return total_kl / count, total_change / count
 
 
@@ -4811,8 +4782,7 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     def cost(packed: Packed) -> dict[str, float]:
         if rows is None:
             return {}
-        stored = read_artifact(packed.data, config, "the artifact", world.device)
-        stored.kernels = world.kernels
+        stored = read_artifact(packed.data, config, "the artifact", world.device, model.kernels)
         kl, change = divergence(model, stored, rows, world)
         return {"kl": kl, "loss_change": change}
 
@@ -4826,8 +4796,7 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
         packed = world.from_main(pack(model, stored, 0.0) if world.is_main else None)
     costs = cost(packed)
     if scheme == "rate":
-        plain = GPT(replace(config, quant_scheme="gptq", qat_start_frac=1.0), model.dtype).to(world.device)
-        plain.kernels = world.kernels
+        plain = GPT(replace(config, quant_scheme="gptq", qat_start_frac=1.0), model.dtype, model.kernels).to(world.device)
         load_weights(plain, dict(model.named_parameters()))
         fallback = fit_clip(plain, curvatures, len(packed.data), run)
         plain_costs = cost(fallback)
@@ -5129,7 +5098,7 @@ class Evaluator:
             if self.hints is not None:
                 hints[row, : end - start] = self.hints[start:end]
         sent = [to_device(torch.from_numpy(side), self.world.device) for side in (tokens, targets, hints)]
-        documents = self.bounds.of(torch.from_numpy(tokens)) if self.world.kernels.attention.is_ragged else 0
+        documents = self.bounds.of(torch.from_numpy(tokens)) if self.model.kernels.attention.is_ragged else 0
         return Batch(sent[0], sent[1], sent[2] if self.hints is not None else None, documents)
 
     def nats(self, batch: Batch, adapters: DocumentAdapters | None = None) -> tuple[Tensor, Tensor]:
@@ -5373,7 +5342,7 @@ class Evaluator:
                 parameter.data.copy_(weight)
                 parameter.grad = None
         total, text_bytes = float(self.ledger.nats.sum(dtype=np.float64)), int(self.val.target_bytes.sum())
-        (adapted,) = world.sum_float64([float(self.adapted)])
+        adapted = sum(world.gather_objects(self.adapted))
         seconds = time.perf_counter() - self.began
         return Score(total / self.inputs, total / math.log(2) / text_bytes, seconds, self.inputs, text_bytes, adapted / self.inputs)
 
@@ -5426,13 +5395,12 @@ def write_scores(config: Config, val: ValData, nats: np.ndarray, plain: np.ndarr
         atomic_write(Path(config.documents_file), "\n".join(lines).encode() + b"\n")
 
 
-def score_artifact(run: Run, artifact: bytes, val: ValData) -> dict[str, Score]:
+def score_artifact(run: Run, artifact: bytes, val: ValData, kernels: Kernels) -> dict[str, Score]:
     """Returns the scores of the model read back from `artifact`, by evaluation: chunked, FINAL_EVAL, and sliding where DOCUMENTS_FILE compares with it."""
     config, began = run.config, time.perf_counter()
     # Without float8: the scale of a whole batch would let scores depend on later tokens.
-    model = read_artifact(artifact, replace(config, fp8=""), config.artifact or str(run.folder / "artifact.bin"), run.world.device)
-    read_seconds = time.perf_counter() - began
-    model.kernels, c = run.world.kernels, model.config
+    model = read_artifact(artifact, replace(config, fp8=""), config.artifact or str(run.folder / "artifact.bin"), run.world.device, kernels)
+    read_seconds, c = time.perf_counter() - began, model.config
     model.config = replace(
         c, logit_softcap=config.eval_softcap or c.logit_softcap, logit_softcap_negative=config.eval_softcap_negative or c.logit_softcap_negative
     )
@@ -5578,8 +5546,8 @@ def plan(config: Config, source: str, ranks: int) -> dict[str, Any]:
     code = code_bytes(source)
     predicted = predict_bytes(model, code)
     phases = []
-    tied = sum(part.weight.numel() for part in model.embedding.modules() if isinstance(part, Weight)) if config.tie_embeddings else 0
-    outside = matrix_weights(model) - matrix_weights(model.blocks) + tied
+    head = sum(part.weight.numel() for part in model.head.modules() if isinstance(part, Weight))  # a factored embedding's matrix is used twice
+    outside = matrix_weights(model) - matrix_weights(model.blocks) + head
     for phase in Schedule(config).phases():
         matrices = outside + sum(matrix_weights(model.blocks[layer]) for layer in phase.order)
         attention = 2 * len(phase.order) * config.model_dim * (phase.seq_len + 1) // 2  # multiply-adds of scores and mix, mean causal context
@@ -5765,10 +5733,9 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
     loader = TrainLoader(config) if "train" in stages or config.is_calibrated else None
     val = load_val(config) if stages != ["export"] else None
 
-    world.kernels, chosen = choose_fast_forms(config, world)
+    kernels, chosen = choose_fast_forms(config, world)
     torch.manual_seed(config.seed)
-    model = GPT(config, compute_dtype(config, world.device)).to(world.device)
-    model.kernels = world.kernels
+    model = GPT(config, compute_dtype(config, world.device), kernels).to(world.device)
     model.init_weights()
     world.copy_from_main([parameter.data for parameter in model.parameters()])  # drawn alike on equal machines, but nothing promises it
     run = open_run(config, world, signals, source, model)
@@ -5797,7 +5764,7 @@ def run_stages(config: Config, world: World, signals: StopSignals) -> int:
             sizes = export(run, model, loader if config.is_calibrated else None, curvatures)
             artifact = world.from_main((run.folder / "artifact.bin").read_bytes() if world.is_main else b"")
         if "eval" in stages and val is not None:
-            scores = score_artifact(scoring, artifact, val)
+            scores = score_artifact(scoring, artifact, val, kernels)
         result = result_event(run, trained, sizes, scores, len(artifact), model)
         run.log.event("result", **result)
         if world.is_main:

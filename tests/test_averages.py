@@ -154,7 +154,7 @@ CHAIN: dict[str, Any] = {"ema_decay": 0.8, "lawa_k": 3, "lawa_every": 2, "swa_ev
 
 
 def test_weights_are_replaced_by_the_last_average_that_has_begun() -> None:
-    for steps, last in ((1, "ExponentialAverage"), (2, "LatestAverage"), (17, "LatestAverage"), (18, "TightAverage")):
+    for steps, last in ((1, "EMA"), (2, "LAWA"), (17, "LAWA"), (18, "SWA")):
         model, averages = averaged(**CHAIN)
         before = walk(model, averages, steps)[-1]
         means = {type(average).__name__: [mean.clone() for mean in average.state["mean"]] for average in averages.chain}
@@ -232,7 +232,7 @@ def test_a_training_state_holds_a_copy_of_the_averages_and_restores_it(tiny: Cal
     walk(first.model, first.averages, 18)
     saved = first.save()
     kept = copy.deepcopy(saved["averages"])
-    assert {name: entry["count"] for name, entry in kept.items()} == {"ExponentialAverage": 18, "LatestAverage": 9, "TightAverage": 1}
+    assert {name: entry["count"] for name, entry in kept.items()} == {"EMA": 18, "LAWA": 9, "SWA": 1}
     names = [name for name, _ in first.model.named_parameters()]
     assert all(list(entry["mean"]) == names for entry in kept.values()), "state lies under the parameters' names"
     expected = applied_weights(first.model, first.averages)
@@ -289,7 +289,7 @@ def test_a_run_validates_saves_and_exports_its_averaged_weights(run_here: Callab
     saved = checkpoint_of(tmp_path)
     assert saved["finished"]
     final = saved["state"]["model"]
-    torch.testing.assert_close(final, saved["state"]["averages"]["ExponentialAverage"]["mean"], rtol=0, atol=0)
+    torch.testing.assert_close(final, saved["state"]["averages"]["EMA"]["mean"], rtol=0, atol=0)
     for steps, weights in ((5, scored[0]), (8, scored[1]), (8, final)):
         expected = ema([[weight.double() for weight in at_step.values()] for *_, at_step in seen[:steps]], 0.8)
         # Eight steps of float32, each of which rounds numbers of at most 2 to 1.2e-7.
@@ -308,7 +308,7 @@ def test_swa_in_a_run_begins_when_the_rate_is_low(run_here: Callable[..., Ended]
     assert ended.code == 0, ended.errors
     assert [rate for _, rate, _ in seen] == [1 - step / 8 for step in range(8)]
     saved = checkpoint_of(tmp_path)["state"]
-    assert saved["averages"]["TightAverage"]["count"] == 4
+    assert saved["averages"]["SWA"]["count"] == 4
     expected = mean_of([[weight.double() for weight in weights.values()] for *_, weights in seen[4:]])
     torch.testing.assert_close([weight.double() for weight in saved["model"].values()], expected, rtol=0, atol=1e-6)
     rates = [event["lr_scale"] for event in Finished(tmp_path / "runs" / "run", tmp_path, "").events("step")]
@@ -336,7 +336,7 @@ def test_a_run_that_died_goes_on_with_its_averages_as_if_nothing_had_happened(
     halfway = checkpoint_of(tmp_path / "died")
     assert halfway["step"] == 4 and not halfway["finished"]
     counts = {name: entry["count"] for name, entry in halfway["state"]["averages"].items()}
-    assert counts == {"ExponentialAverage": 4, "LatestAverage": 1, "TightAverage": 3}
+    assert counts == {"EMA": 4, "LAWA": 1, "SWA": 3}
     resumed = run_here(tmp_path / "died", **settings, RESUME=1)
     assert resumed.code == 0 and "resumed from checkpoint.pt after step 4," in resumed.output, resumed.errors
     whole, died = (checkpoint_of(tmp_path / name) for name in ("whole", "died"))

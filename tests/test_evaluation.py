@@ -436,7 +436,7 @@ def unrolled(model: train_gpt.GPT, phase: Phase) -> train_gpt.GPT:
     """Returns the same network with a block for every executed layer and a head of its own."""
     twin = train_gpt.GPT(replace(model.config, num_layers=len(phase.order), num_loops=0, tie_embeddings=False), torch.float64).double()
     weights = model.state_dict()
-    weights.setdefault("head.weight", weights["embedding.table.weight"])
+    weights["head.table.weight"] = weights["embedding.table.weight"]
     for name in twin.state_dict():
         top, _, rest = name.partition(".")
         if top == "blocks":
@@ -650,7 +650,7 @@ def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_docu
     model, phase = lively_model(config), train_gpt.Schedule(config).scored_phase
     run, forward, expected = new_run(config), train_gpt.compiled(model, config), score(replace(config, compile=False), model, val)
     if is_ragged:
-        model.kernels = run.world.kernels = train_gpt.Kernels(train_gpt.ragged(attend_in_one_sequence))
+        model.kernels = train_gpt.Kernels(train_gpt.ragged(attend_in_one_sequence))
     rehearsed = train_gpt.rehearse(run, model, forward, "ttt_lora", phase)
     made = len(graphs)
     assert made == 5, "without adapters; forward and update, for one document and for several"

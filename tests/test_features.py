@@ -526,7 +526,7 @@ STARTING_VALUES: dict[str, dict[str, float]] = {
     },
     "gptj": {
         "stages.0.project.weight": 0, "stages.2.keep": 3, "value_embedding.scale.scale": 0.1, "blocks.0.attention.add_value.scale.scale": 1,
-        "skip.scale": 1, "loop_embedding.vectors": 0, "head.weight": 0,
+        "skip.scale": 1, "loop_embedding.vectors": 0, "head.table.weight": 0,
     },
 }  # fmt: skip
 IN_EVERY_BLOCK = {

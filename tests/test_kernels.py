@@ -429,10 +429,10 @@ def test_muon_uses_the_symmetric_kernel_where_it_is_in_use(monkeypatch: pytest.M
     calls = []
     monkeypatch.setattr(train_gpt, "fused_symmetric", lambda *arguments: calls.append(arguments[0].dtype) or train_gpt.symmetric(*arguments))
     model, world = lively_model(small_config()), World("cpu")
-    optimizer = train_gpt.Optimizer(model, model.config, world)
-    muon = next(group for group in optimizer.groups if isinstance(group, train_gpt.MuonGroup))
     for names in ((), ("symmetric",)):
-        world.kernels = world.kernels._replace(names=names)
+        model.kernels = model.kernels._replace(names=names)
+        optimizer = train_gpt.Optimizer(model, model.config, world)
+        muon = next(group for group in optimizer.groups if isinstance(group, train_gpt.MuonGroup))
         muon.direction(torch.randn(1, 24, 24).bfloat16())
         assert bool(calls) is bool(names) and set(calls) <= {torch.bfloat16}
         muon.direction(torch.randn(1, 24, 24))

@@ -222,7 +222,7 @@ def test_softcap_bounds_large_logits_and_spares_small_ones(tied: bool) -> None:
         config = small_config(tie_embeddings=tied, logit_softcap=cap)
         model = lively_model(config)
         with torch.no_grad():
-            (model.embedding.table if tied else model.head).weight.mul_(head_scale)
+            model.head.table.weight.mul_(head_scale)
             return model.logits(random_rows(config)[:, :-1], plain_phase(config))
 
     assert 2.9 < logits(3.0, 100.0).abs().max() <= 3.0
@@ -379,7 +379,7 @@ def reference_losses(model: GPT, config: Config, order: tuple[int, ...], tokens:
             pushed.append(stream)
     if second is not None:
         stream = [(x + y) / 2 for x, y in zip(stream, second, strict=True)]
-    raw = [(table if config.tie_embeddings else weights["head.weight"]) @ norm(x) for x in stream]
+    raw = [(table if config.tie_embeddings else weights["head.table.weight"]) @ norm(x) for x in stream]
     positive, negative = config.logit_softcap, config.logit_softcap_negative or config.logit_softcap
     logits = [torch.where(z > 0, positive * torch.tanh(z / positive), negative * torch.tanh(z / negative)) for z in raw]
     return [z.logsumexp(dim=0) - z[target] for z, target in zip(logits, targets, strict=True)]
@@ -671,7 +671,7 @@ GOLDEN: dict[str, float] = {
     "blocks.1.mlp.up.weight": 0.1704369,
     "blocks.1.mlp.down.weight": 0.1950541,
     "skip.scale": 0.05770408,
-    "head.weight": 0.68189865,
+    "head.table.weight": 0.68189865,
 }
 # fmt: on
 

@@ -17,7 +17,7 @@ from conftest import lively_model, small_config
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Allocation, Curvature, Grid, Joined, Linear, Phase, Role, Schedule, Table, TiedHead, World, assign_two_sided, weight_parts
+from train_gpt import Allocation, Curvature, Grid, Head, Joined, Linear, Phase, Role, Schedule, Table, World, assign_two_sided, weight_parts
 
 ALONE = World("cpu")
 LENGTH = 16
@@ -121,14 +121,13 @@ def uses_by_definition(model: train_gpt.GPT, rows: Tensor) -> dict[str, list[tup
     def look_up(part: Table, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
         return note(names[part], "look up", index, part.weight.double()[index])
 
-    def score(part: TiedHead, x: Tensor, phase: Phase) -> Tensor:
-        embedding = part.embedding
+    def score(part: Head, x: Tensor, phase: Phase) -> Tensor:
         thin = x
-        if embedding.widen is not None:
-            thin = note(names[embedding.widen], "narrow", x, torch.einsum("bto,oi->bti", x, embedding.widen.weight.double()))
-        return note(names[embedding.table], "score", thin, torch.einsum("bti,vi->btv", thin, embedding.table.weight.double()))
+        if part.widen is not None:
+            thin = note(names[part.widen], "narrow", x, torch.einsum("bto,oi->bti", x, part.widen.weight.double()))
+        return note(names[part.table], "score", thin, torch.einsum("bti,vi->btv", thin, part.table.weight.double()))
 
-    patches = {Linear: multiply, Joined: multiply_joined, Table: look_up, TiedHead: score}
+    patches = {Linear: multiply, Joined: multiply_joined, Table: look_up, Head: score}
     with ExitStack() as stack:
         for kind, forward in patches.items():
             stack.enter_context(mock.patch.multiple(kind, forward=forward))
@@ -150,7 +149,7 @@ def uses_by_definition(model: train_gpt.GPT, rows: Tensor) -> dict[str, list[tup
             found = moments(gradients), counts.double() / labels.numel()
         elif use == "narrow":
             found = moments(gradients), moments(before)
-        elif use == "score" or name == "head.weight":
+        elif use == "score":
             found = moments(before), (shares - shares.square()).mean(dim=(0, 1))
         else:
             found = moments(before), moments(gradients)

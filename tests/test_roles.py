@@ -32,7 +32,7 @@ def rows_of_many_sizes(columns: int = 96, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_has_the_role_of_its_kind(tied: bool) -> None:
-    expected = {"embedding.table.weight": Role.EMBED, "skip.scale": Role.GAIN} | ({} if tied else {"head.weight": Role.HEAD})
+    expected = {"embedding.table.weight": Role.EMBED, "skip.scale": Role.GAIN} | ({} if tied else {"head.table.weight": Role.HEAD})
     for block in ("blocks.0", "blocks.1"):
         expected |= {f"{block}.attention.{name}.weight": Role.ATTENTION for name in ("q", "k", "v", "out")}
         expected |= {f"{block}.mlp.{name}.weight": Role.MLP for name in ("up", "down")}

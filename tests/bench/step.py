@@ -89,17 +89,14 @@ class Arm(NamedTuple):
 def our_step(config: train_gpt.Config, phase: train_gpt.Phase, kernels: train_gpt.Kernels, world: train_gpt.World) -> Callable[[], None]:
     """Returns our training step in a phase, averages included."""
     torch.manual_seed(config.seed)
-    world.kernels = kernels
-    model = train_gpt.GPT(config, train_gpt.compute_dtype(config, world.device)).to(world.device)
+    model = train_gpt.GPT(config, train_gpt.compute_dtype(config, world.device), kernels).to(world.device)
     model.init_weights()
-    model.kernels = kernels
     optimizer, loader = train_gpt.Optimizer(model, config, world), Rows(config)
     averages, forward = train_gpt.Averages(model, config), train_gpt.compiled(model, config)
     knobs = train_gpt.Knobs(phase, 0.01, config.muon_momentum, 1.0)
     steps = itertools.count(1)
 
     def step() -> None:
-        world.kernels = kernels
         train_gpt.training_step(forward, optimizer, loader, knobs)  # type: ignore[arg-type]
         averages.update(next(steps), 0.01)
 

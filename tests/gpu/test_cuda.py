@@ -136,7 +136,7 @@ def test_adaptation_scores_as_on_the_cpu_with_graphs_from_the_rehearsal_alone(na
         config = train_gpt.parse_config([*ARGUMENTS, *settings, f"COMPILE={int(on_gpu)}"], {})
         model = model_on(device, "bfloat16" if on_gpu else "float32")
         world = train_gpt.World(device)
-        world.kernels = model.kernels = train_gpt.Kernels(train_gpt.ATTENTION[name if on_gpu else "sdpa"]())
+        model.kernels = train_gpt.Kernels(train_gpt.ATTENTION[name if on_gpu else "sdpa"]())
         run = train_gpt.Run(config, world, train_gpt.Log(None), Path(), train_gpt.StopSignals(), source="")
         forward, phase = train_gpt.compiled(model, config), train_gpt.Schedule(config).scored_phase
         rehearsed = train_gpt.rehearse(run, model, forward, "ttt_phased", phase) if on_gpu else None
