@@ -452,7 +452,7 @@ def adapted_matrices(twin: train_gpt.GPT, slots: Sequence[Any]) -> list[tuple[st
     for slot, parts in enumerate(slots):
         for projection, part in parts.items():
             block = f"blocks.{slot}." if slot + 1 < len(slots) else ""
-            (name,) = (name for name in train_gpt.weight_parts(twin) if name.startswith(block) and name.endswith(f"{projection}.weight"))
+            (name,) = (name for name in train_gpt.weight_parts(twin) if name.startswith(block) and projection in name.split("."))
             found.append((name, part))
     return found
 
