@@ -436,7 +436,6 @@ def unrolled(model: train_gpt.GPT, phase: Phase) -> train_gpt.GPT:
     """Returns the same network with a block for every executed layer and a head of its own."""
     twin = train_gpt.GPT(replace(model.config, num_layers=len(phase.order), num_loops=0, tie_embeddings=False), torch.float64).double()
     weights = model.state_dict()
-    weights["head.table.weight"] = weights["embedding.table.weight"]
     for name in twin.state_dict():
         top, _, rest = name.partition(".")
         if top == "blocks":
