@@ -88,9 +88,12 @@ def test_only_a_shard_that_is_too_short_is_called_truncated(damage: str, tmp_pat
 # ---- what is missing or does not fit
 
 
-@pytest.mark.parametrize("preset", ["default", "baseline", "frontier"])
+CASEOPS_REPOSITORY = "romeerp/parameter-golf-caseops-v1"
+
+
+@pytest.mark.parametrize("preset", ["default", "baseline", "sp8192_ttt", "frontier"])
 def test_missing_challenge_data_names_a_download_that_the_tool_understands(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 8192-piece export lies in another repository than the 1024-piece one."""
+    """The 8192-piece exports lie in other repositories than the 1024-piece one."""
     monkeypatch.chdir(tmp_path)
     config = train_gpt.parse_config([f"PRESET={preset}"], {})
     variant = Path(config.data_path).name.removeprefix("fineweb10B_")
@@ -99,7 +102,7 @@ def test_missing_challenge_data_names_a_download_that_the_tool_understands(prese
             read(config)
         chosen = download.parse_arguments(str(error.value).partition("python data/download.py ")[2].split())
         assert chosen.variant == variant
-        assert chosen.repo_id == {"sp1024": "willdepueoai/parameter-golf", "sp8192": "kevclark/parameter-golf"}[variant]
+        assert chosen.repo_id == {"baseline": "willdepueoai/parameter-golf", "sp8192_ttt": "kevclark/parameter-golf"}.get(preset, CASEOPS_REPOSITORY)
 
 
 @pytest.mark.parametrize(
