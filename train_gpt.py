@@ -4621,6 +4621,12 @@ def quantise_rate(model: GPT, allocations: Mapping[str, Allocation], step: float
     return share_work(world, {name: part.weight.numel() * len(part.weight) for name, part in parts.items()}, work)
 
 
+def pack_once(world: World, model: GPT, stored: Mapping[str, Stored], step: float = 0.0) -> Packed:
+    """Returns the artifact that rank 0 packs, on every rank. Every rank must call it."""
+    packed: Packed = world.from_main(pack(model, stored, step) if world.is_main else None)
+    return packed
+
+
 # Rate control aims at the first share of the byte budget and is content from the second on.
 AIMED_SHARE, CONTENT_SHARE, MOST_PASSES = 0.9985, 0.9972, 6
 HELD_OUT_TOKENS = 65536
@@ -4645,7 +4651,7 @@ def fill_budget(model: GPT, curvatures: Mapping[str, Curvature], budget: int, ru
     best: Packed | None = None
     for number in range(1, MOST_PASSES + 1):
         stored = quantise_rate(model, allocations, step, run.world)
-        packed = run.world.from_main(pack(model, stored, step) if run.world.is_main else None)
+        packed = pack_once(run.world, model, stored, step)
         size = len(packed.data)
         is_finest = step <= 1.001 * finest
         run.log.note(f"rate, pass {number}: global step {step:.4g}{', the finest of use' * is_finest}: {size:,} bytes, budget {budget:,}")
@@ -4675,7 +4681,7 @@ def fill_frozen(model: GPT, budget: int, run: Run) -> Packed | None:
             codes = grid.round_towards_zero(part.weight.detach(), bias).to(torch.int16).cpu().numpy()
             cpu_grid = grid._replace(row_step=grid.row_step.cpu(), column_step=grid.column_step.cpu())
             stored[name] = Stored(codes, cpu_grid, 0, 1, frozen_exponents(part, model.frozen_step))
-        packed = run.world.from_main(pack(model, stored, model.frozen_step) if run.world.is_main else None)
+        packed = pack_once(run.world, model, stored, model.frozen_step)
         run.log.note(f"rate: steps as trained, {bias:.3f} of a step towards zero: {len(packed.data):,} bytes, budget {budget:,}")
         return packed
 
@@ -4703,7 +4709,7 @@ def fit_clip(model: GPT, curvatures: Mapping[str, Curvature], budget: int, run: 
 
     def at(scale: float) -> Packed:
         stored = quantise(model, curvatures, run.world, scale)
-        packed = run.world.from_main(pack(model, stored, 0.0) if run.world.is_main else None)
+        packed = pack_once(run.world, model, stored)
         if scale > 1 or len(packed.data) > budget:
             run.log.note(f"{model.config.quant_scheme}: clip factors times {scale:.4f}: {len(packed.data):,} bytes, budget {budget:,}")
         return packed
@@ -4797,8 +4803,7 @@ def export(run: Run, model: GPT, loader: TrainLoader | None, curvatures: Mapping
     elif scheme in ("gptq", "adaptive"):
         packed = fit_clip(model, curvatures, budget, run)
     else:
-        stored = quantise(model, curvatures, world)
-        packed = world.from_main(pack(model, stored, 0.0) if world.is_main else None)
+        packed = pack_once(world, model, quantise(model, curvatures, world))
     costs = cost(packed)
     if scheme == "rate":
         plain = GPT(replace(config, quant_scheme="gptq", qat_start_frac=1.0), model.dtype, model.kernels).to(world.device)
