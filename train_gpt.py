@@ -1248,7 +1248,10 @@ class TrainLoader:
 
 
 class DocumentBounds:
-    """Upper bounds on the documents of a row, so generous that few batches of a shape need another one, and a compiled graph."""
+    """Upper bounds on the documents of a row, so generous that a batch that needs another one, and a compiled graph, is not to be expected in a run.
+
+    Of web pages, 32 rows of 3,072 tokens have 144 parts with a standard deviation of 13. What a bound has too much costs attention empty blocks.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1259,7 +1262,7 @@ class DocumentBounds:
         count = len(tokens) + int((tokens[:, 1:] == self.config.bos_id).sum()) * self.config.doc_mask
         shape = tuple(tokens.shape)
         if count > self.bounds.get(shape, 0) * len(tokens):
-            self.bounds[shape] = math.ceil(max(2 * count + 32, tokens.numel() / 256) / len(tokens))
+            self.bounds[shape] = math.ceil((1.5 * count + 64) / len(tokens))
         return self.bounds[shape]
 
 

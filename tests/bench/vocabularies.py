@@ -64,7 +64,7 @@ def measure(model: Path, train: Path, val: Path, megabytes: float, val_megabytes
         roles = {row["role"]: row for event in events if event["event"] == "export" for row in event["roles"]}
         lengths = train_gpt.load_val(train_gpt.parse_config(arguments[:5], {}))
         return {
-            "tokenizer": model.stem, "vocab_size": processor.vocab_size(), "seed": result["seed"], "megabytes": megabytes, "tokens": tokens,
+            "tokenizer": model.stem, "vocab_size": processor.vocab_size(), "seed": result["seed"], "megabytes": megabytes, "val": val.name, "tokens": tokens,
             "val_bytes_per_token": float(lengths.target_bytes.mean()), "steps": result["steps"], "params": result["params"],
             "embed_bytes": roles["embed"]["bytes"], "table_bytes": roles.get("table", {}).get("bytes", 0), "bytes_model": result["bytes_model"],
             "trained_bpb": result["pre_quant_val_bpb"], "val_bpb": result["val_bpb"], "train_seconds": result["train_seconds"],
@@ -77,14 +77,15 @@ def write_page() -> None:
     lines = [
         "# Vocabularies compared on the same text, on a CPU", "",
         "Written by `python tests/bench/vocabularies.py --table`. Every model (PRESET=demo, each document seen once) was trained on the same bytes and",
-        "exported under the same BYTES_CAP. bpb of our held-out text, comparable with each other only; n = 1 for each seed.", "",
-        "| tokenizer | seed | MB of text | tokens | steps | bytes/token | bpb trained | bpb of artifact | embedding, bytes | tables, bytes | artifact |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "exported under the same BYTES_CAP. bpb of the first half megabyte of the held-out text, comparable with each other only; n = 1 for each seed.", "",
+        "| tokenizer | seed | held-out text | MB | tokens | steps | bytes/token | bpb trained | of artifact | embedding, bytes | tables, bytes | artifact |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for row in sorted(rows, key=lambda row: (row["megabytes"], row["seed"], row["vocab_size"], row["tokenizer"])):
         sizes = f"{row['embed_bytes']:,} | {row['table_bytes']:,} | {row['bytes_model']:,}"
-        start = f"{row['tokenizer']} | {row['seed']} | {row['megabytes']:g} | {row['tokens']:,} | {row['steps']:,} | {row['val_bytes_per_token']:.3f}"
-        lines.append(f"| {start} | {row['trained_bpb']:.4f} | {row['val_bpb']:.4f} | {sizes} |")
+        texts = f"{row['tokenizer']} | {row['seed']} | {row['val']} | {row['megabytes']:g}"
+        lengths = f"{row['tokens']:,} | {row['steps']:,} | {row['val_bytes_per_token']:.3f}"
+        lines.append(f"| {texts} | {lengths} | {row['trained_bpb']:.4f} | {row['val_bpb']:.4f} | {sizes} |")
     (FOLDER / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -101,10 +102,10 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     RESULTS.touch()
     models, settings = ([word for word in arguments.words if ("=" in word) is wanted] for wanted in (False, True))
-    done = {(row["tokenizer"], row["seed"], row["megabytes"]) for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    done = {(row["tokenizer"], row["seed"], row["megabytes"], row["val"]) for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
     seed = next((int(word.partition("=")[2]) for word in settings if word.startswith("SEED=")), train_gpt.Config.seed)
     for model in [] if arguments.table else map(Path, models):
-        if (model.stem, seed, arguments.megabytes) not in done:
+        if (model.stem, seed, arguments.megabytes, arguments.val.name) not in done:
             row = measure(model, arguments.train, arguments.val, arguments.megabytes, arguments.val_megabytes, settings)
             with open(RESULTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
