@@ -57,15 +57,17 @@ class Rank(World):
 
 
 class Loader:
-    """Gives its rows, once each."""
+    """Gives its rows, again and again."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+        self.rows, self.state = rows, {"row": 0}
 
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
-        assert (num_rows, seq_len + 1) == self.rows.shape
+        assert self.state["row"] == 0, "what is only counted is no step of the loader"
+        self.state = {"row": num_rows}
+        assert (num_rows % len(self.rows), seq_len + 1) == (0, self.rows.shape[1])
         share = num_rows // world.size
-        return self.rows[world.rank * share : (world.rank + 1) * share]
+        return self.rows.repeat(num_rows // len(self.rows), 1)[world.rank * share : (world.rank + 1) * share]
 
 
 def measure(model: train_gpt.GPT, rows: Tensor, ranks: int = 1, *, gradients: bool = True) -> dict[str, Curvature]:
@@ -118,7 +120,8 @@ def uses_by_definition(model: train_gpt.GPT, rows: Tensor) -> dict[str, list[tup
     def multiply_joined(joined: Joined, x: Tensor, phase: Phase, adapters: object) -> tuple[Tensor, ...]:
         return tuple(multiply(member, x, phase) for member in joined.members.values())
 
-    def look_up(part: Table, index: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
+    def look_up(part: Table, tokens: Tensor, phase: Phase, dtype: torch.dtype) -> Tensor:
+        index = part.index(tokens)
         return note(names[part], "look up", index, part.weight.double()[index])
 
     def score(part: Head, x: Tensor, phase: Phase) -> Tensor:
