@@ -1704,7 +1704,8 @@ def ragged(kernel: Callable[..., Tensor]) -> Backend:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (side.transpose(1, 2).flatten(0, 1) for side in (q, k, v))
-            return kernel(q, k, v, offsets, length).unflatten(0, (rows, length)).transpose(1, 2)
+            # Of a single row q would be a view whose strides the compiler expects of the result, which FlashAttention makes contiguous.
+            return kernel(q.contiguous(), k, v, offsets, length).unflatten(0, (rows, length)).transpose(1, 2)
 
         return attend
 
@@ -1799,7 +1800,7 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> N
 
 
 def check_attention(backend: Backend, config: Config, device: torch.device) -> None:
-    """Raises RuntimeError unless a backend gives the output and gradients of the reference, on ragged documents with the heads of this model."""
+    """Raises RuntimeError unless a backend gives the output and gradients of the reference, on two rows of documents and on one, with this model's heads."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.full((2, 320), (config.bos_id + 1) % config.vocab_size)
     tokens[0, [0, 7, 136, 137]] = tokens[1, [63, 300]] = config.bos_id
@@ -1807,15 +1808,16 @@ def check_attention(backend: Backend, config: Config, device: torch.device) -> N
     sides = [torch.randn(2, 320, count, config.head_dim, generator=generator).transpose(1, 2) for count in heads]
     phase = Phase((), 320, row_documents=8)
 
-    def results(backend: Backend, dtype: torch.dtype, *, compile: bool) -> list[Tensor]:
-        q, k, v, direction = (side.to(device, dtype) for side in sides)
+    def results(backend: Backend, dtype: torch.dtype, rows: int, *, compile: bool) -> list[Tensor]:
+        q, k, v, direction = (side[:rows].to(device, dtype) for side in sides)
         inputs = [side.requires_grad_() for side in (q, k, v)]
         run = compiled(lambda tokens, q, k, v: backend.plan(tokens, config, phase)(q, k, v), replace(config, compile=compile))
-        y = run(tokens.to(device), *inputs)
+        y = run(tokens[:rows].to(device), *inputs)
         return [y.detach(), *torch.autograd.grad(y, inputs, direction)]
 
-    found = results(backend, compute_dtype(config, device), compile=config.compile)
-    compare(found, results(dense(attention_reference), torch.float32, compile=False), "the reference")
+    for rows in (2, 1):
+        found = results(backend, compute_dtype(config, device), rows, compile=config.compile)
+        compare(found, results(dense(attention_reference), torch.float32, rows, compile=False), "the reference")
 
 
 def choose_attention(config: Config, world: World) -> tuple[str, Backend]:
@@ -2459,17 +2461,17 @@ class AddValue(nn.Module):
 
 
 class ExcludeSelf(nn.Module):
-    """Exclusive self-attention: takes from each head's output y (B, H, T, C) its part along the position's own value v (B, K, T, C). Source: PR #265."""
+    """Exclusive self-attention: takes from each head's output y (B, T, H, C) its part along the position's own value v (B, T, K, C). Source: PR #265."""
 
     def forward(self, y: Tensor, v: Tensor) -> Tensor:
-        v = v[:, :, None]
-        grouped = y.unflatten(1, (v.shape[1], -1))
+        v = v[:, :, :, None]
+        grouped = y.unflatten(2, (v.shape[2], -1))
         share = (grouped * v).sum(dim=-1, keepdim=True) / v.square().sum(dim=-1, keepdim=True).clamp_min(1e-24)
-        return (grouped - share * v).flatten(1, 2)
+        return (grouped - share * v).flatten(2, 3)
 
 
 class HeadGate(Part):
-    """y_h sigmoid(s W_h x[:window]) per head h, W starting at zero; window = MODEL_DIM is the dense form. Source: PRs #1667, #1787."""
+    """y_h sigmoid(s W_h x[:window]) per head h of y (B, T, H, C), W starting at zero; window = MODEL_DIM is the dense form. Source: PRs #1667, #1787."""
 
     weight: Tensor
 
@@ -2480,7 +2482,7 @@ class HeadGate(Part):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         gate = (self.gain * F.linear(x[..., : self.window], self.weight.to(x.dtype))).sigmoid()
-        return y * gate.transpose(1, 2)[..., None]
+        return y * gate[..., None]
 
 
 class Attention(Part):
@@ -2513,8 +2515,8 @@ class Attention(Part):
         v = split(self.add_value(v, rows), self.kv_heads)
         q = q * self.q_gain.to(q.dtype)[:, None, None]
         y = rows.attend(rotate(q, rows), rotate(k, rows), v)
-        y = self.head_gate(self.exclude_self(y, v), x)
-        return self.out(y.transpose(1, 2).flatten(2), phase, adapters, "out", scale)
+        y = self.head_gate(self.exclude_self(y.transpose(1, 2), v.transpose(1, 2)), x)
+        return self.out(y.flatten(2), phase, adapters, "out", scale)
 
 
 class MLP(nn.Module):
@@ -3074,14 +3076,14 @@ class Optimizer:
         """Applies the gradients left by backward, already scaled to sum to the average over the batch. `loss` is this rank's part of the loss."""
         transfers = [group.reduce() for group in self.groups]
         gradients = [arrived() for arrived in transfers]
-        # A Muon group holds a share of the gradient, an Adam group all of it, so only the former is summed over ranks.
+        # A Muon group holds a share of the gradient, an Adam group all of it; ranks might round its sum differently, and must not clip differently.
         squares = self.square_sums(gradients)
         shared, repeated = (
             sum((square for group, square in zip(self.groups, squares, strict=True) if isinstance(group, kind)), torch.zeros_like(squares[0]))
             for kind in (MuonGroup, AdamGroup)
         )
-        totals = self.world.sum_(torch.stack([loss.detach().to(shared.dtype), shared]))
-        stats = StepStats(totals[0], (totals[1] + repeated).sqrt())
+        totals = self.world.sum_(torch.stack([loss.detach().to(shared.dtype), shared, repeated / self.world.size]))
+        stats = StepStats(totals[0], (totals[1] + totals[2]).sqrt())
         ok = (stats.loss.isfinite() & stats.grad_norm.isfinite()).to(loss.dtype)
         limit = self.config.grad_clip_norm or math.inf
         clip = (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0)
@@ -4618,6 +4620,7 @@ def quantise(model: GPT, curvatures: Mapping[str, Curvature], world: World, scal
         missed = float((grid.dequantise(codes) - weight).square().sum())
         return Stored(codes.to(torch.int16).cpu().numpy(), Grid(grid.row_step.cpu(), grid.column_step.cpu(), grid.limit), part.bits), missed
 
+    torch.linalg.cholesky(torch.eye(1, device=world.device))  # several threads at once must not be the first to need CUDA's solvers
     done = share_work(world, {name: part.weight.numel() for name, part in parts.items()}, work)
     stored = {name: done[name][0] for name in parts}
     if config.lqer_rank and config.quant_scheme in ("gptq_lite", "gptq", "adaptive"):
@@ -4632,6 +4635,7 @@ def quantise(model: GPT, curvatures: Mapping[str, Curvature], world: World, scal
 def quantise_rate(model: GPT, allocations: Mapping[str, Allocation], step: float, world: World) -> dict[str, Stored]:
     """Returns every weight on the grid of `rate` for a global step."""
     parts = weight_parts(model)
+    trellis_kernel()  # one for all threads: each would compile its own
 
     def work(name: str) -> Stored:
         weight = parts[name].weight.detach()

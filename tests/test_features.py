@@ -118,19 +118,19 @@ def test_forward_equals_the_reference(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_exclusive_attention_is_orthogonal_to_the_own_value(kv_heads: int) -> None:
-    y, v = normal(2, 4, 5, 8), normal(2, kv_heads, 5, 8, seed=1)
+    y, v = normal(2, 5, 4, 8), normal(2, 5, kv_heads, 8, seed=1)
     excluded = train_gpt.ExcludeSelf()(y, v)
     for head in range(4):
-        own = v[:, head * kv_heads // 4]
+        own = v[:, :, head * kv_heads // 4]
         unit = own / own.norm(dim=-1, keepdim=True)
-        along = (y[:, head] * unit).sum(dim=-1, keepdim=True)
-        torch.testing.assert_close(excluded[:, head], y[:, head] - along * unit, rtol=0, atol=1e-14)
-        assert (excluded[:, head] * unit).sum(dim=-1).abs().max() < 1e-14
+        along = (y[:, :, head] * unit).sum(dim=-1, keepdim=True)
+        torch.testing.assert_close(excluded[:, :, head], y[:, :, head] - along * unit, rtol=0, atol=1e-14)
+        assert (excluded[:, :, head] * unit).sum(dim=-1).abs().max() < 1e-14
         assert along.abs().min() > 1e-4, "there was something to exclude"
 
 
 def test_exclusive_attention_survives_a_zero_value() -> None:
-    y, v = normal(1, 2, 3, 4).requires_grad_(), torch.zeros(1, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+    y, v = normal(1, 3, 2, 4).requires_grad_(), torch.zeros(1, 3, 1, 4, dtype=torch.float64, requires_grad=True)
     excluded = train_gpt.ExcludeSelf()(y, v)
     assert torch.equal(excluded, y)
     excluded.sum().backward()
@@ -151,14 +151,14 @@ def test_xsa_last_n_changes_the_last_layers_and_no_other(count: int) -> None:
 @pytest.mark.parametrize("window", [4, 16], ids=["sparse", "dense"])
 def test_head_gates_follow_their_formula_and_start_at_one_half(window: int) -> None:
     gate = train_gpt.HeadGate(small_config(attention_gate_window=window, attention_gate_scale=1.5)).double()
-    y, x, weight = normal(2, 4, 3, 5), normal(2, 3, 16, seed=1), normal(4, window, seed=2)
+    y, x, weight = normal(2, 3, 4, 5), normal(2, 3, 16, seed=1), normal(4, window, seed=2)
     with torch.no_grad():
         gate.starts["weight"](gate.weight)
         assert torch.equal(gate(y, x), y / 2)
         gate.weight.copy_(weight)
         for row, head, here in ((0, 0, 0), (0, 3, 1), (1, 1, 2), (1, 2, 0)):
             reading = sum(float(weight[head, i] * x[row, here, i]) for i in range(window))
-            torch.testing.assert_close(gate(y, x)[row, head, here], y[row, head, here] / (1 + math.exp(-1.5 * reading)), rtol=0, atol=1e-14)
+            torch.testing.assert_close(gate(y, x)[row, here, head], y[row, here, head] / (1 + math.exp(-1.5 * reading)), rtol=0, atol=1e-14)
 
 
 # Input stages

@@ -171,6 +171,20 @@ def test_flash_attention_4_of_any_release_equals_the_reference(compile: bool) ->
     assert_same_attention("fa4", compile=compile)
 
 
+@pytest.mark.parametrize("rows", [2, 1])
+def test_queries_laid_end_to_end_are_contiguous(rows: int) -> None:
+    """FlashAttention's result is; the compiler takes it to have the strides of the queries, which of one row are a view's."""
+    strides = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        strides.append(q.stride())
+        return q
+
+    q, k, v = (torch.randn(rows, heads, 40, 8) for heads in (4, 2, 2))
+    out = train_gpt.ragged(kernel).plan(random_tokens(rows, 40), small_config(), Phase((), 40))(q, k, v)
+    assert strides == [(32, 8, 1)] and torch.equal(out, q)
+
+
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 def test_flex_attention_equals_the_reference() -> None:
     """PyTorch has no backward of it on a CPU."""

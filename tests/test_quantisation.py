@@ -194,6 +194,27 @@ def test_curvature_is_the_sum_of_outer_products_over_tokens_and_uses(kind: str) 
     assert looped == {"tied": set(), "thin": {"1", "2"}, "untied": {"1"}}[kind]
 
 
+class LongLoader(Loader):
+    """Gives the first of its rows, as many as are asked for."""
+
+    def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
+        return self.rows[:num_rows]
+
+
+def test_rows_of_a_table_are_counted_on_more_text_than_the_rest_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 23 is not in the rows that are measured; were its row worthless, rounding would destroy it."""
+    monkeypatch.setattr(train_gpt, "LOOKUP_FACTOR", 4)
+    model, rows = calibrated_model(**MODELS["tied"]), random_rows(24)
+    model.config = replace(model.config, quant_scheme="rate")
+    rows[:6] = rows[:6].clamp_max(22)
+    rows[6:, 5] = 23
+    phase, loader, world = Schedule(model.config).scored_phase, LongLoader(rows), Rank()
+    measured = train_gpt.calibrate(model, phase, loader, world)["value_embedding.table.weight"].outputs  # type: ignore[arg-type]
+    counts = torch.bincount(rows[:, :-1].flatten(), minlength=24) / (24 * LENGTH)
+    assert measured is not None and measured[23] > 0
+    torch.testing.assert_close(measured, counts, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_without_gradients_inputs_add_up_over_uses_and_there_is_nothing_else(kind: str) -> None:
     model, rows = calibrated_model(**MODELS[kind]), random_rows()
@@ -644,7 +665,7 @@ def test_steps_balance_what_every_weight_adds_to_the_loss(kind: str, monkeypatch
     else:
         own = curvature.outputs.double() if kind == "diagonal" else curvature.outputs.double().diagonal()
         assert allocation.outer is None
-        torch.testing.assert_close(g, own + 0.001 * own.mean(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(g, own + 0.01 * own.mean(), rtol=1e-6, atol=0)
     for exponents, weights in ((allocation.row_exponents, g.numpy()), (allocation.column_exponents, np.array(d))):
         assert exponents.dtype == np.int16 and np.abs(exponents / 4 + np.log2(weights) / 2).max() <= 0.126
     grid = allocation.grid(0.3)
