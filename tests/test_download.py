@@ -465,15 +465,18 @@ def test_interrupted_transfer_leaves_no_half_file_and_a_rerun_completes(tool: To
 
 
 def test_a_hub_that_fails_for_one_file_does_not_lose_the_others(tool: Tool, hub: FakeHub) -> None:
-    path, others_done = f"{FOLDER}/fineweb_train_000001.bin", Event()
+    """What has begun still ends."""
+    path, begun, refused = f"{FOLDER}/fineweb_train_000001.bin", Event(), Event()
 
     def refuse(request: BaseHTTPRequestHandler, _: bytes) -> bool:
+        begun.wait(timeout=20)
         send(request, 403, b"", {})
-        others_done.set()
+        refused.set()
         return True
 
     def wait(*_: object) -> bool:
-        return not others_done.wait(timeout=20)
+        begun.set()
+        return not refused.wait(timeout=20)
 
     hub.faults = {path: refuse, f"{FOLDER}/fineweb_train_000002.bin": wait}
     line = error_line(tool("--train-shards", "3"), 1)
