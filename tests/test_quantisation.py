@@ -63,7 +63,7 @@ class Loader:
         self.rows, self.state = rows, {"row": 0}
 
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
-        assert self.state["row"] == 0, "what is only counted is no step of the loader"
+        assert self.state["row"] == 0, "what is only counted is read from the beginning and is no step of the loader"
         self.state = {"row": num_rows}
         assert (num_rows % len(self.rows), seq_len + 1) == (0, self.rows.shape[1])
         share = num_rows // world.size
