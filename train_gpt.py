@@ -3076,7 +3076,7 @@ class Optimizer:
         """Applies the gradients left by backward, already scaled to sum to the average over the batch. `loss` is this rank's part of the loss."""
         transfers = [group.reduce() for group in self.groups]
         gradients = [arrived() for arrived in transfers]
-        # A Muon group holds a share of the gradient, an Adam group all of it; ranks might round its sum differently, and must not clip differently.
+        # A Muon group holds a share of the gradient, an Adam group all of it. That sum is averaged, for ranks that round it differently must not clip so.
         squares = self.square_sums(gradients)
         shared, repeated = (
             sum((square for group, square in zip(self.groups, squares, strict=True) if isinstance(group, kind)), torch.zeros_like(squares[0]))
@@ -3240,6 +3240,15 @@ def gram(x: Tensor) -> Tensor:
 LOOKUP_FACTOR = 32
 
 
+def count_lookups(model: GPT, num_rows: int, seq_len: int, loader: TrainLoader, world: World) -> dict[str, Tensor]:
+    """Returns how often this rank's share of the first rows of training looks up each row of each table, by parameter name; the loader stays where it is."""
+    now, loader.state = loader.state, {**loader.state, "passes": 0, "shard": 0, "row": 0, "seq_len": 0}
+    tokens = loader.next_rows(num_rows, seq_len, world)[:, :-1]
+    loader.state = now
+    tables = {name: part for name, part in weight_parts(model).items() if isinstance(part, Table)}
+    return {name: torch.bincount(table.index(tokens).flatten(), minlength=len(table.weight)).float().to(world.device) for name, table in tables.items()}
+
+
 def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World) -> dict[str, Curvature]:
     """Returns the curvature around every weight, by parameter name, from the next CALIBRATION_TOKENS of training text over all ranks.
 
@@ -3250,9 +3259,6 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World) -> di
     config, head = model.config, model.head
     gradients = config.quant_scheme == "rate"
     num_rows = -(-config.calibration_tokens // (phase.seq_len * world.size)) * world.size
-    now, loader.state = loader.state, {**loader.state, "passes": 0, "shard": 0, "row": 0, "seq_len": 0}
-    counted = loader.next_rows(LOOKUP_FACTOR * num_rows, phase.seq_len, world)[:, :-1] if gradients else None
-    loader.state = now
     tokens = to_device(loader.next_rows(num_rows, phase.seq_len, world), world.device)[:, :-1]
     draws = torch.rand(num_rows, phase.seq_len, generator=torch.Generator().manual_seed(config.seed))
     draws = draws[world.rank * len(tokens) : (world.rank + 1) * len(tokens)].to(world.device)
@@ -3309,10 +3315,8 @@ def calibrate(model: GPT, phase: Phase, loader: TrainLoader, world: World) -> di
         model.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    for name, part in weight_parts(model).items():
-        if isinstance(part, Table) and counted is not None:
-            counts = torch.bincount(part.index(counted).flatten(), minlength=len(part.weight))
-            add(name, "lookup", "outputs", (counts.float() / LOOKUP_FACTOR).to(world.device))
+    for name, counts in count_lookups(model, LOOKUP_FACTOR * num_rows, phase.seq_len, loader, world).items() if gradients else ():
+        add(name, "lookup", "outputs", counts / LOOKUP_FACTOR)
     uses: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, use, side in sorted(sums):
         uses.setdefault(name, {}).setdefault(use, {})[side] = world.sum_(sums[name, use, side].contiguous()) / (num_rows * phase.seq_len)

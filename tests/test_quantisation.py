@@ -63,8 +63,7 @@ class Loader:
         self.rows, self.state = rows, {"row": 0}
 
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
-        assert self.state["row"] == 0, "what is only counted is read from the beginning and is no step of the loader"
-        self.state = {"row": num_rows}
+        self.state = {"row": self.state["row"] + num_rows}
         assert (num_rows % len(self.rows), seq_len + 1) == (0, self.rows.shape[1])
         share = num_rows // world.size
         return self.rows.repeat(num_rows // len(self.rows), 1)[world.rank * share : (world.rank + 1) * share]
@@ -195,23 +194,25 @@ def test_curvature_is_the_sum_of_outer_products_over_tokens_and_uses(kind: str) 
 
 
 class LongLoader(Loader):
-    """Gives the first of its rows, as many as are asked for."""
+    """Gives the rows from where it stands."""
 
     def next_rows(self, num_rows: int, seq_len: int, world: World) -> Tensor:
-        return self.rows[:num_rows]
+        first = self.state["row"]
+        self.state = {"row": first + num_rows}
+        return self.rows[first : first + num_rows]
 
 
 def test_rows_of_a_table_are_counted_on_more_text_than_the_rest_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token 23 is not in the rows that are measured; were its row worthless, rounding would destroy it."""
+    """Token 23 is not in the rows that are measured; were its row worthless, rounding would destroy it. What follows those rows is held out."""
     monkeypatch.setattr(train_gpt, "LOOKUP_FACTOR", 4)
-    model, rows = calibrated_model(**MODELS["tied"]), random_rows(24)
+    model, rows = calibrated_model(**MODELS["tied"]), random_rows(36)
     model.config = replace(model.config, quant_scheme="rate")
-    rows[:6] = rows[:6].clamp_max(22)
-    rows[6:, 5] = 23
+    rows[:24, 5], rows[24:30], rows[30:] = 23, rows[24:30].clamp_max(22), 22
     phase, loader, world = Schedule(model.config).scored_phase, LongLoader(rows), Rank()
+    loader.state = {"row": 24}
     measured = train_gpt.calibrate(model, phase, loader, world)["value_embedding.table.weight"].outputs  # type: ignore[arg-type]
-    counts = torch.bincount(rows[:, :-1].flatten(), minlength=24) / (24 * LENGTH)
-    assert measured is not None and measured[23] > 0
+    counts = torch.bincount(rows[:24, :-1].flatten(), minlength=24) / (24 * LENGTH)
+    assert measured is not None and measured[23] > 0 and loader.state == {"row": 30}
     torch.testing.assert_close(measured, counts, rtol=1e-6, atol=0)
 
 
