@@ -1909,7 +1909,9 @@ def fused_cross_entropy(logits: Tensor, targets: Tensor, positive: float, negati
     count, columns = logits.shape
     losses, gradients = logits.new_empty(count, dtype=torch.float32), torch.empty_like(logits)
     block = triton.next_power_of_2(columns)
-    cross_entropy_kernel[(count,)](logits, targets, losses, gradients, columns, positive, negative, BLOCK=block, num_warps=min(max(block // 512, 1), 32))
+    # With so few registers an H100's multiprocessor works on two rows of 8,192 logits at a time, one on its way while the other is computed with.
+    launch = {"num_warps": min(max(block // 512, 1), 32), "maxnreg": 64}
+    cross_entropy_kernel[(count,)](logits, targets, losses, gradients, columns, positive, negative, BLOCK=block, **launch)
     return losses, gradients
 
 

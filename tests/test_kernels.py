@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import lively_model, small_config
+from conftest import ROOT, lively_model, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -452,6 +455,15 @@ def test_muon_uses_the_symmetric_kernel_where_it_is_in_use(monkeypatch: pytest.M
 
 
 # Which kernels are used
+
+
+@needs_triton
+def test_kernels_are_compiled_for_a_hopper_gpu_and_keep_to_its_registers() -> None:
+    """In a process of its own, for here they are defined for the interpreter."""
+    command = [sys.executable, ROOT / "tests/bench/hopper.py", "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "TRITON_INTERPRET": "0"}).stdout)
+    assert len(rows) == 4 and all(row["spilled_bytes"] <= 64 and row["blocks"] >= 2 for row in rows.values())
+    assert [row["tensor_cores"] and row["is_pipelined"] for name, row in rows.items() if name.startswith("symmetric")] == [True, True]
 
 
 @needs_triton
