@@ -117,6 +117,14 @@ def parse_layers(text: str) -> list[int]:
     return [int(layer) for layer in layers]
 
 
+def parse_orders(text: str) -> list[int]:
+    """Returns the numbers of tokens in "1,2,4,8"; [] for "". Raises ValueError on other text."""
+    orders = [int(order) if order.isdecimal() and len(order) < 3 else 0 for order in text.split(",")] if text else []
+    if not all(low < high for low, high in itertools.pairwise([0, *orders, 65])):
+        raise ValueError("expected rising numbers of tokens from 1 to 64, as 1,2,4,8")
+    return orders
+
+
 def parse_names(text: str, known: Sequence[str]) -> list[str]:
     """Returns the names in "a,b", all of them `known`; [] for "". Raises ValueError on other text."""
     names = text.split(",") if text else []
@@ -325,9 +333,9 @@ class Config:
     eval_seconds: float = setting(0.0, "adaptation ends in time for all evaluations of the artifact to take no longer than this; 0 = no limit", low=0)
     eval_softcap: float = setting(0.0, "LOGIT_SOFTCAP of evaluations; 0 = the model's", low=0)
     eval_softcap_negative: float = setting(0.0, "LOGIT_SOFTCAP_NEGATIVE of evaluations; 0 = the model's", low=0)
-    tilt_boost: float = setting(0.0, "token tilt: nats by which a hinted token is raised; 0 = off", low=0, high=20)
-    tilt_order: int = setting(8, "token tilt: tokens of context that a hint looks for in the text before", low=1, high=64)
-    tilt_count: int = setting(1, "token tilt: times running that the hinted token must have come after them", low=1)
+    tilt_orders: str = setting(
+        "", "token tilt: numbers of tokens, the longest of which that came before hints at what follows, as 1,2,4,8; empty = off", form=parse_orders
+    )
     ttt_lr: float = setting(0.005, "ttt_sgd, ttt_phased: learning rate of SGD on all weights", low=0)
     ttt_momentum: float = setting(0.9, "its momentum", low=0, high=0.9999)
     ttt_epochs: int = setting(3, "its steps per chunk", low=1, high=100)
@@ -435,7 +443,7 @@ RECORD_2014 = {
 # That record's network and schedule with the quantiser, optimiser and evaluation that our own paired runs prefer.
 LOOPED = {
     **RECORD_2014, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
-    "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_boost": 2.0,
+    "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_orders": "1,2,4,8,16",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -4879,15 +4887,15 @@ class Ledger:
     """The scores of one evaluation, in text order, and the two rules about writing them."""
 
     def __init__(self, targets: int) -> None:
-        self.nats = np.zeros(targets, dtype=np.float32)
+        self.nats, self.hint_nats = np.zeros(targets, dtype=np.float32), np.zeros(targets, dtype=np.float32)
         self.written = np.zeros(targets, dtype=bool)  # by this rank
 
-    def write(self, first: int, nats: np.ndarray) -> None:
-        """Keeps the scores of the targets of inputs `first`, `first` + 1, ... Raises Violation when one of them has a score already."""
+    def write(self, first: int, nats: np.ndarray, hint_nats: np.ndarray | float = 0.0) -> None:
+        """Keeps the nats of the targets of inputs `first`, `first` + 1, ... and of their hints. Raises Violation when one of them has a score already."""
         span = slice(first, first + len(nats))
         if self.written[span].any():
             raise Violation(f"targets of inputs {first} to {first + len(nats)} would be scored twice; a target is scored once, in one pass")
-        self.nats[span], self.written[span] = nats, True
+        self.nats[span], self.hint_nats[span], self.written[span] = nats, hint_nats, True
 
     def allow_learning(self, first: int, end: int) -> None:
         """Raises Violation unless this rank has scored the targets of all inputs in [first, end)."""
@@ -4898,11 +4906,11 @@ class Ledger:
         """Brings the scores in [first, end) to every rank, once. Raises Violation unless exactly one rank has each. Every rank must call it."""
         span = slice(first, end)
         counts = world.sum_(torch.from_numpy(self.written[span].astype(np.int32)).to(world.device))
-        nats = world.sum_(torch.from_numpy(np.where(self.written[span], self.nats[span], 0)).to(world.device))
+        nats = world.sum_(torch.from_numpy(np.where(self.written[span], [self.nats[span], self.hint_nats[span]], 0)).to(world.device))
         if not bool((counts == 1).all()):
             wrong = int((counts != 1).sum())
             raise Violation(f"{wrong:,} targets of inputs {first} to {end} are not scored exactly once")
-        self.nats[span], self.written[span] = nats.cpu().numpy(), True
+        (self.nats[span], self.hint_nats[span]), self.written[span] = nats.cpu().numpy(), True
 
 
 def document_starts(tokens: np.ndarray, bos_id: int) -> np.ndarray:
@@ -5042,12 +5050,21 @@ class DocumentAdapters:
         self.compiled_update(*parts, share)
 
 
+# -- Token tilt: the text before hints at a token, and how far hints of a kind are to be trusted is learnt from what has been scored.
+
+MOST_RUNNING = 3  # times running that a hint came true are told apart up to here
+TILT_RATE = 0.2
+TILT_SECONDS = 1e-7  # for a target, on a slow core
+# A hint that the model is this sure of is left as it is: float32 does not say how little remains for other tokens.
+SURE_NATS = 1e-3
+
+
 @cache
 def hint_kernel() -> Callable[..., None]:
-    """Returns the compiled loop of `hints_of`."""
+    """Returns the compiled loop of `hints_of_order`."""
     import numba
 
-    def look_up(tokens, order, least, keys, words, counts, hints):  # type: ignore[no-untyped-def]
+    def look_up(tokens, order, keys, words, running, hints, runs):  # type: ignore[no-untyped-def]
         for i in range(order - 1, len(tokens) - 1):
             key = np.uint64(0)
             for k in range(i - order + 1, i + 1):
@@ -5057,28 +5074,80 @@ def hint_kernel() -> Callable[..., None]:
             slot = (key >> np.uint64(1)) & np.uint64(len(keys) - 1)
             while keys[slot] != 0 and keys[slot] != key:
                 slot = (slot + np.uint64(1)) & np.uint64(len(keys) - 1)
-            if keys[slot] == key and counts[slot] >= least:
-                hints[i] = words[slot]
+            if keys[slot] == key:
+                hints[i], runs[i] = words[slot], running[slot]
             # The hint is fixed; only now may the target be looked at.
             target = tokens[i + 1]
             if keys[slot] == key and words[slot] == target:
-                counts[slot] += 1
+                running[slot] = min(running[slot] + 1, MOST_RUNNING)
             else:
-                keys[slot], words[slot], counts[slot] = key, target, 1
+                keys[slot], words[slot], running[slot] = key, target, 1
 
-    return numba.njit(look_up)
+    return numba.njit(look_up, nogil=True)
 
 
-def hints_of(tokens: np.ndarray, order: int, least: int) -> np.ndarray:
-    """Returns the hint at every target, int64 (N - 1,), -1 = none: the token that came last after the `order` tokens before it, `least` times running.
-
-    It depends on the text before the target alone. Source: the token channel of PR #1514.
-    """
+def hints_of_order(tokens: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (hint, runs) at every target, (N - 1,) each: the token that came last after the `order` tokens before it, and how many times running it
+    had come, 1 to MOST_RUNNING; 0 = never, and no hint. Both depend on the text before the target alone. Source: the token channel of PR #1514."""
     size = 2 << len(tokens).bit_length()
-    hints = np.full(len(tokens) - 1, -1, dtype=np.int64)
-    keys, words, counts = np.zeros(size, np.uint64), np.zeros(size, np.int64), np.zeros(size, np.int32)
-    hint_kernel()(tokens.astype(np.int64), order, least, keys, words, counts, hints)
-    return hints
+    hints, runs = np.zeros(len(tokens) - 1, np.uint16), np.zeros(len(tokens) - 1, np.uint8)
+    hint_kernel()(tokens, order, np.zeros(size, np.uint64), np.zeros(size, np.uint16), np.zeros(size, np.uint8), hints, runs)
+    return hints, runs
+
+
+class Hints(NamedTuple):
+    """What the text before hints at, for every target: (N - 1,) arrays."""
+
+    tokens: np.ndarray  # int32, -1 = no hint
+    kinds: np.ndarray  # uint8: a number for each order and number of times running; 0 = no hint
+
+
+def hints_of(tokens: np.ndarray, orders: Sequence[int], world: World) -> Hints:
+    """Returns the hint of the longest of `orders` that has one. Every rank must call it."""
+    hints, kinds = np.full(len(tokens) - 1, -1, np.int32), np.zeros(len(tokens) - 1, np.uint8)
+    found = share_work(world, {f"{order:02}": 1 for order in orders}, lambda order: hints_of_order(tokens, int(order)))
+    for number, (some, runs) in enumerate(found[f"{order:02}"] for order in orders):
+        there = runs > 0
+        hints[there], kinds[there] = some[there], number * MOST_RUNNING + runs[there]
+    return Hints(hints, kinds)
+
+
+@cache
+def tilt_kernel() -> Callable[..., None]:
+    """Returns the compiled loop of `tilt`."""
+    import numba
+
+    def pass_over(nats, hint_nats, kinds, hits, weights, squares, shares):  # type: ignore[no-untyped-def]
+        for i in range(len(nats)):
+            kind = kinds[i]
+            if kind == 0 or hint_nats[i] < SURE_NATS:
+                continue
+            p = math.exp(-hint_nats[i])
+            odds = math.log(max(p, 1e-7) / (1 - p))
+            share = 1 / (1 + math.exp(-(weights[kind, 0] + weights[kind, 1] * odds)))
+            share = min(max(share, 1e-7), 1 - 1e-7)
+            nats[i] = -math.log(share) if hits[i] else nats[i] + math.log1p(-p) - math.log1p(-share)
+            shares[i] = share
+            # The score is fixed; only now may the target teach.
+            miss = hits[i] - share
+            for k, slope in enumerate((miss, miss * odds)):
+                squares[kind, k] += slope * slope
+                weights[kind, k] += TILT_RATE * slope / math.sqrt(squares[kind, k])
+
+    return numba.njit(pass_over)
+
+
+def tilt(nats: np.ndarray, hint_nats: np.ndarray, hints: Hints, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (scores, shares): the nats of targets (N,) once their hints have been given probability `shares`, 0 where that is left as it is.
+
+    A hint of probability p gets s with logit(s) = a + b logit(p), all other tokens (1 - s) / (1 - p) of what they had: p'(x) = e^(t [x = h]) p(x) / Z, the
+    closed form of PR #1420 with a tilt t of its own for each target. a and b of each kind of hint are a logistic regression on whether hints came true,
+    learnt in text order by AdaGrad (Duchi et al. 2011) from 0 and 1, which leave p as it is: s depends on the text before the target alone.
+    """
+    scores, shares = nats.astype(np.float64), np.zeros(len(nats))
+    weights = np.tile([0.0, 1.0], (int(hints.kinds.max(initial=0)) + 1, 1))
+    tilt_kernel()(scores, hint_nats.astype(np.float64), hints.kinds, hints.tokens == targets, weights, np.ones_like(weights), shares)
+    return scores.astype(np.float32), shares
 
 
 class Batch(NamedTuple):
@@ -5120,8 +5189,9 @@ class Evaluator:
         self.batch = max(self.config.val_batch_size // (self.window * run.world.size), 1)  # windows in one pass
         self.by_document = name in ("ttt_lora", "ttt_phased")
         self.ledger = Ledger(self.inputs)
-        tilted = self.config.tilt_boost > 0 and name != "chunked"
-        self.hints = hints_of(val.tokens, self.config.tilt_order, self.config.tilt_count) if tilted else None
+        orders = parse_orders(self.config.tilt_orders) if name != "chunked" else []
+        self.hints = hints_of(val.tokens, orders, run.world) if orders else None
+        self.shares = np.zeros(self.inputs)  # of the probability, that hints were given
         self.sgd: torch.optim.SGD | None = None
         self.adapters: DocumentAdapters | None = rehearsed.adapters if rehearsed else None
         self.most_documents = run.config.ttt_lora_batch_docs  # scored in one pass
@@ -5138,37 +5208,28 @@ class Evaluator:
         for row, (start, _, end) in enumerate(windows):
             tokens[row, : end - start], targets[row, : end - start] = self.val.tokens[start:end], self.val.tokens[start + 1 : end + 1]
             if self.hints is not None:
-                hints[row, : end - start] = self.hints[start:end]
+                hints[row, : end - start] = self.hints.tokens[start:end]
         sent = [to_device(torch.from_numpy(side), self.world.device) for side in (tokens, targets, hints)]
         documents = self.bounds.of(torch.from_numpy(tokens)) if self.model.kernels.attention.is_ragged else 0
         return Batch(sent[0], sent[1], sent[2] if self.hints is not None else None, documents)
 
-    def nats(self, batch: Batch, adapters: DocumentAdapters | None = None) -> tuple[Tensor, Tensor]:
-        """Returns (loss, score) of every target, shaped as targets: (B, T), or (B, T, K) for K of them; they differ by the tilt alone.
+    def losses(self, batch: Batch, targets: Tensor, adapters: DocumentAdapters | None) -> Tensor:
+        """Returns the nats of targets, (B, T) or K at each position, (B, T, K)."""
+        if adapters is None:
+            return self.forward(batch.tokens, targets, replace(self.phase, batch_tokens=0, row_documents=batch.row_documents))
+        # A row is a piece of one document.
+        return adapters.forward(batch.tokens, targets, replace(self.phase, batch_tokens=0, row_documents=1))
 
-        With a hint h, p'(a) = e^(b [a = h]) p(a) / (1 + p(h) (e^b - 1)): the sum over all tokens a stays 1. Source: PR #1420.
-        """
-        boost = self.config.tilt_boost
-
-        def losses_of(targets: Tensor) -> Tensor:
-            if adapters is None:
-                return self.forward(batch.tokens, targets, replace(self.phase, batch_tokens=0, row_documents=batch.row_documents))
-            # A row is a piece of one document.
-            return adapters.forward(batch.tokens, targets, replace(self.phase, batch_tokens=0, row_documents=1))
-
+    def nats(self, batch: Batch, adapters: DocumentAdapters | None = None) -> Tensor:
+        """Returns the nats of every target and, where there are hints, of its hint: (B, T, 1 or 2)."""
         if batch.hints is None:
-            loss = losses_of(batch.targets)
-            return loss, loss
-        targets, hints = batch.targets.view(*batch.tokens.shape, -1), batch.hints[..., None]
-        losses = losses_of(torch.cat([targets, hints.clamp_min(0)], dim=-1))
-        loss, hint_loss = losses[..., :-1], losses[..., -1:]
-        tilted = loss - boost * (hints == targets) + torch.log1p((-hint_loss).exp() * math.expm1(boost))
-        return loss.reshape(batch.targets.shape), torch.where(hints >= 0, tilted, loss).reshape(batch.targets.shape)
+            return self.losses(batch, batch.targets, adapters)[..., None]
+        return self.losses(batch, torch.stack([batch.targets, batch.hints.clamp_min(0)], dim=-1), adapters)
 
-    def write(self, windows: np.ndarray, scores: Tensor) -> None:
-        """Enters the scores (B, T) of windows into the ledger."""
-        for row, (start, first, end) in zip(scores.detach().float().cpu().numpy(), windows, strict=False):
-            self.ledger.write(int(first), row[first - start : end - start])
+    def write(self, windows: np.ndarray, nats: Tensor) -> None:
+        """Enters the nats (B, T, 1 or 2) of windows into the ledger."""
+        for row, (start, first, end) in zip(nats.detach().float().cpu().numpy(), windows, strict=False):
+            self.ledger.write(int(first), *row[first - start : end - start].T)
 
     # -- Time
 
@@ -5229,7 +5290,7 @@ class Evaluator:
     def has_time(self, cost: float, reads_left: float) -> bool:
         """Returns whether adaptation of this cost leaves this rank the time for the inputs that are then to be read without any: it goes on until then."""
         seconds = self.spent_seconds + time.perf_counter() - self.began
-        needed = max(self.pace(), self.plain_seconds) * cost + self.plain_seconds * reads_left
+        needed = max(self.pace(), self.plain_seconds) * cost + self.plain_seconds * reads_left + TILT_SECONDS * self.inputs * (self.hints is not None)
         return not self.config.eval_seconds or seconds + needed <= self.config.eval_seconds
 
     # -- Scoring
@@ -5252,7 +5313,7 @@ class Evaluator:
         def attempt(count: int) -> Tensor:
             some = windows[:count]
             rows = np.arange(count if self.config.compile else len(some)) % len(some)  # filled up with repeats, so that one compiled shape serves all
-            return self.nats(self.read(some[rows], self.window))[1]
+            return self.nats(self.read(some[rows], self.window))
 
         while len(windows):
             most = self.batch if self.config.compile else min(self.batch, len(windows))
@@ -5322,15 +5383,15 @@ class Evaluator:
         self.model.requires_grad_(True)  # as `learn` and compiled passes without adapters need it
 
     def score_chunk(self, windows: np.ndarray, learning: np.ndarray, length: int, adapters: DocumentAdapters, first: int, count: int) -> Tensor:
-        """Returns the scores (B, T) of `count` windows, those of documents from `first` on; adapters of those `learning` get the gradient of their loss."""
+        """Returns the nats (B, T, 1 or 2) of `count` windows, those of documents from `first` on; adapters of those `learning` get the loss's gradient."""
         adapters.serve(first, count)
-        loss, scores = self.nats(self.read(windows[:count], length), adapters)
+        nats = self.nats(self.read(windows[:count], length), adapters)
         if len(learning):
-            spans = torch.from_numpy(learning[:count] - learning[:count, :1]).to(loss.device)
-            column = torch.arange(length, device=loss.device)
+            spans = torch.from_numpy(learning[:count] - learning[:count, :1]).to(nats.device)
+            column = torch.arange(length, device=nats.device)
             chosen = (column >= spans[:, 1:2]) & (column < spans[:, 2:])
-            (loss[: len(spans)] * chosen).sum().div(self.config.ttt_lora_chunk_tokens).backward()
-        return scores.detach()
+            (nats[: len(spans), :, 0] * chosen).sum().div(self.config.ttt_lora_chunk_tokens).backward()
+        return nats.detach()
 
     # -- Learning
 
@@ -5351,7 +5412,7 @@ class Evaluator:
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 for some in np.split(windows, passes):
-                    loss, _ = self.nats(self.read(some, length)._replace(hints=None))
+                    loss = self.nats(self.read(some, length)._replace(hints=None))[..., 0]
                     lengths = torch.from_numpy(some[:, 2] - some[:, 0]).to(loss.device)
                     (loss * (torch.arange(length, device=loss.device) < lengths[:, None])).sum().div(end - first).backward()
                 for parameter in parameters:
@@ -5360,6 +5421,11 @@ class Evaluator:
                 nn.utils.clip_grad_norm_(parameters, c.ttt_grad_clip)
                 self.sgd.step()
             self.note_progress(3.0 * c.ttt_epochs * passes * rows * length)
+
+    def tilt(self) -> None:
+        """Makes what the ledger holds, the model's nats, the scores."""
+        if self.hints is not None:
+            self.ledger.nats, self.shares = tilt(self.ledger.nats, self.ledger.hint_nats, self.hints, self.val.tokens[1:])
 
     def score(self) -> Score:
         """Returns the score of the whole split. Every rank must call it. The weights are afterwards what they were."""
@@ -5383,6 +5449,7 @@ class Evaluator:
             for parameter, weight in zip(self.model.parameters(), before, strict=False):
                 parameter.data.copy_(weight)
                 parameter.grad = None
+        self.tilt()
         total, text_bytes = float(self.ledger.nats.sum(dtype=np.float64)), int(self.val.target_bytes.sum())
         adapted = sum(world.gather_objects(self.adapted))
         seconds = time.perf_counter() - self.began
@@ -5413,6 +5480,7 @@ def rehearse(run: Run, model: GPT, forward: Callable[..., Tensor], name: str, ph
     if evaluator.by_document:
         evaluator.ledger, evaluator.adapters = Ledger(inputs), DocumentAdapters(model, phase, c, c.ttt_lora_batch_docs)
         evaluator.score_adapting(np.array([(0, longest), (longest, longest + short)]), evaluator.adapters)
+    evaluator.tilt()
     if learns:
         before = [parameter.detach().clone() for parameter in model.parameters()]
         evaluator.ledger.written[:] = True
@@ -5494,24 +5562,28 @@ def watched(evaluator: Evaluator, cuts: Sequence[int]) -> tuple[np.ndarray, dict
     last: list[Any] = []
     score_rows, write = evaluator.nats, evaluator.write
 
-    def remember(batch: Batch, adapters: DocumentAdapters | None = None) -> tuple[Tensor, Tensor]:
+    def remember(batch: Batch, adapters: DocumentAdapters | None = None) -> Tensor:
         last[:] = [batch, adapters]
         return score_rows(batch, adapters)
 
     @torch.no_grad()
-    def look(windows: np.ndarray, scores: Tensor) -> None:
+    def look(windows: np.ndarray, nats: Tensor) -> None:
         for row, (start, first, end) in enumerate(windows.tolist()):
             for cut in (cut for cut in cuts if first <= cut < end):
                 batch, adapters = last
-                hints = None if batch.hints is None else batch.hints[: row + 1]
-                some = batch._replace(tokens=batch.tokens[: row + 1], hints=hints, row_documents=0)  # the bound is the whole batch's
+                some = batch._replace(tokens=batch.tokens[: row + 1], row_documents=0)  # the bound is the whole batch's
                 pieces = torch.arange(evaluator.config.vocab_size, device=some.tokens.device).split(64)
                 targets = [piece.expand(*some.tokens.shape, -1).contiguous() for piece in pieces]
-                seen[cut] = torch.cat([score_rows(some._replace(targets=target), adapters)[1][row, cut - start].double() for target in targets])
-        write(windows, scores)
+                seen[cut] = torch.cat([evaluator.losses(some, target, adapters)[row, cut - start].double() for target in targets])
+        write(windows, nats)
 
     evaluator.nats, evaluator.write = remember, look  # type: ignore[method-assign]
     evaluator.score()
+    for cut, every in seen.items():
+        if evaluator.hints is not None and (share := float(evaluator.shares[cut])):
+            hint = int(evaluator.hints.tokens[cut])
+            every += torch.log1p(-(-every[hint]).exp()) - math.log1p(-share)
+            every[hint] = -math.log(share)
     return evaluator.ledger.nats, seen
 
 

@@ -36,7 +36,7 @@ LEARNING: dict[str, Any] = {
     "ttt_lora_rank": 3, "ttt_lora_alpha": 4.0, "ttt_lora_lr": 0.02, "ttt_lora_beta2": 0.9, "ttt_lora_chunk_tokens": 4, "ttt_lora_batch_docs": 3,
     "ttt_lora_targets": "q,out,down,head",
 }  # fmt: skip
-TILT: dict[str, Any] = {"tilt_boost": 1.5, "tilt_order": 2}
+TILT: dict[str, Any] = {"tilt_orders": "1,2"}
 # Of documents: one token alone, also twice running; whole chunks; about a window; several windows.
 LENGTHS = (9, 1, 40, 17, 16, 1, 1, 30, 8, 2, 5, 3)
 INPUTS = sum(LENGTHS)
@@ -644,7 +644,7 @@ def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_docu
     torch._dynamo.reset()
     compile_, graphs = torch.compile, []
     monkeypatch.setattr(torch, "compile", partial(compile_, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
-    config = configured("ttt_lora", compile=True, ttt_lora_targets="q,head", ttt_lora_batch_docs=3, tilt_boost=1.0, val_batch_size=64)
+    config = configured("ttt_lora", compile=True, ttt_lora_targets="q,head", ttt_lora_batch_docs=3, tilt_orders="2", val_batch_size=64)
     val = text([6, 8, 27, 1, 12, 31, 2, 16])
     model, phase = lively_model(config), train_gpt.Schedule(config).scored_phase
     run, forward, expected = new_run(config), train_gpt.compiled(model, config), score(replace(config, compile=False), model, val)
@@ -691,7 +691,7 @@ def test_the_audit_of_ragged_attention_looks_at_rows_more_crowded_than_their_bat
 @pytest.mark.parametrize("name", ["sliding", *ADAPTING])
 def test_a_rehearsal_meets_every_shape_that_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents have all lengths, and a window many chunks. A pass with adapters is compiled for one row and for any other number."""
-    config = configured(name, compile=True, tilt_boost=1.0, ttt_lora_chunk_tokens=3, ttt_lora_batch_docs=4, ttt_lora_targets="q", val_batch_size=100)
+    config = configured(name, compile=True, tilt_orders="2", ttt_lora_chunk_tokens=3, ttt_lora_batch_docs=4, ttt_lora_targets="q", val_batch_size=100)
     model, val, shapes = lively_model(config), text(range(1, 31)), set[Any]()
     forward = model.forward
 
@@ -801,77 +801,153 @@ def test_weights_change_only_between_stretches_and_all_but_the_last_is_learnt_fr
 # Token tilt
 
 
-def hints_by_dictionary(tokens: np.ndarray, order: int, least: int) -> list[int]:
-    """Returns the hint at every target, -1 = none: what came last after the `order` tokens before it, if `least` times running."""
+def hints_by_dictionary(tokens: np.ndarray, order: int) -> list[tuple[int, int]]:
+    """Returns (what came last after the `order` tokens before it, times running) at every target; (0, 0) where nothing has."""
     followers: dict[tuple[int, ...], list[int]] = {}
     hints = []
     for target in range(1, len(tokens)):
         context = tuple(tokens[max(target - order, 0) : target].tolist())
         past = followers.setdefault(context, []) if len(context) == order else []
-        hints.append(past[-1] if len(past) >= least and len(set(past[-least:])) == 1 else -1)
+        running = next((count for count, token in enumerate(reversed(past)) if token != past[-1]), len(past))
+        hints.append((past[-1], min(running, train_gpt.MOST_RUNNING)) if past else (0, 0))
         past.append(int(tokens[target]))
     return hints
 
 
+def pairs(found: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    """Returns both arrays as one list."""
+    return list(zip(found[0].tolist(), found[1].tolist(), strict=True))
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 5), st.integers(2, 400), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_hints_are_what_came_last_and_depend_only_on_the_text_before(alphabet: int, length: int, order: int, least: int, seed: int) -> None:
+@given(st.integers(1, 5), st.integers(2, 400), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_hints_are_what_came_last_and_depend_only_on_the_text_before(alphabet: int, length: int, order: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     tokens = generator.integers(alphabet, size=length).astype(np.uint16)
     if generator.random() < 0.5:
         tokens[length // 2 :] = tokens[: length - length // 2]  # the first half again
-    found = train_gpt.hints_of(tokens, order, least)
-    assert found.dtype == np.int64 and found.tolist() == hints_by_dictionary(tokens, order, least)
+    found = pairs(train_gpt.hints_of_order(tokens, order))
+    assert found == hints_by_dictionary(tokens, order)
     cut = int(generator.integers(1, length))
     tokens[cut:] = generator.integers(alphabet, size=length - cut)
-    assert (train_gpt.hints_of(tokens, order, least)[:cut] == found[:cut]).all(), "also the hint at the first target that is another"
-    assert (train_gpt.hints_of(tokens[: cut + 1], order, least) == found[:cut]).all()
+    assert pairs(train_gpt.hints_of_order(tokens, order))[:cut] == found[:cut], "also the hint at the first target that is another"
+    assert pairs(train_gpt.hints_of_order(tokens[: cut + 1], order)) == found[:cut]
 
 
 @pytest.mark.parametrize(("alphabet", "order"), [(5, 4), (20, 3), (60_000, 1)])
 def test_hints_of_a_long_text_with_many_contexts_are_what_came_last(alphabet: int, order: int) -> None:
     tokens = np.random.default_rng(0).integers(alphabet, size=20_000).astype(np.uint16)
-    expected = np.array(hints_by_dictionary(tokens, order, 1))
-    assert (expected >= 0).sum() > 2000
-    assert (train_gpt.hints_of(tokens, order, 1) == expected).all()
+    expected = hints_by_dictionary(tokens, order)
+    assert sum(runs > 0 for _, runs in expected) > 2000
+    assert pairs(train_gpt.hints_of_order(tokens, order)) == expected
 
 
-@with_exact_numbers
-@pytest.mark.parametrize("boost", [0.7, 8.0])
-def test_tilted_probabilities_follow_the_formula_and_sum_to_one(boost: float) -> None:
-    config, val = configured(tilt_boost=boost, tilt_order=2), text()
-    model = lively_model(config)
-    evaluator = new_evaluator(config, model, val)
-    batch = evaluator.read(np.array([(0, 0, 16), (12, 12, 28), (100, 100, 110)]), WINDOW)
-    with torch.no_grad():
-        plain = model.logits(batch.tokens, evaluator.phase).softmax(dim=-1)
-        every = torch.arange(24).expand(3, WINDOW, 24)
-        found = evaluator.nats(batch._replace(targets=every))[1].neg().exp()
-        loss, scores = evaluator.nats(batch)
-    expected = plain.clone()
-    for place in torch.nonzero(batch.hints >= 0).tolist():
-        hint = int(batch.hints[*place])
-        expected[*place, hint] *= math.exp(boost)
-        expected[*place] /= 1 + plain[*place, hint] * (math.exp(boost) - 1)
-    assert 10 < int((batch.hints >= 0).sum()) < batch.hints.numel()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found.sum(dim=-1), torch.ones(3, WINDOW, dtype=torch.float64), rtol=0, atol=1e-12)
-    for nats, probabilities in ((loss, plain), (scores, expected)):
-        torch.testing.assert_close(nats, -probabilities.gather(2, batch.targets[..., None])[..., 0].log(), rtol=1e-12, atol=0)
+def test_the_longest_context_that_came_before_hints() -> None:
+    tokens = np.random.default_rng(0).geometric(0.6, size=3000).astype(np.uint16)
+    hints = train_gpt.hints_of(tokens, [1, 3, 5], train_gpt.World("cpu"))
+    by_order = [hints_by_dictionary(tokens, order) for order in (1, 3, 5)]
+    for target, choices in enumerate(zip(*by_order, strict=True)):
+        number = max((number for number, (_, runs) in enumerate(choices) if runs), default=None)
+        expected = (-1, 0) if number is None else (choices[number][0], number * train_gpt.MOST_RUNNING + choices[number][1])
+        assert (hints.tokens[target], hints.kinds[target]) == expected
+    assert len(set(hints.kinds.tolist())) == 10, "every kind, and none"
+
+
+def tilted_by_formula(nats: list[float], hint_nats: list[float], kinds: list[int], hits: list[bool]) -> tuple[list[float], list[float]]:
+    """Returns (scores, shares) by the definition: a logistic regression for each kind, by AdaGrad."""
+    learnt: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    scores, shares = [], []
+    for nat, hint_nat, kind, hit in zip(nats, hint_nats, kinds, hits, strict=True):
+        share = 0.0
+        if kind and hint_nat >= train_gpt.SURE_NATS:
+            weights, squares = learnt.setdefault(kind, (np.array([0.0, 1.0]), np.ones(2)))
+            p = math.exp(-hint_nat)
+            features = np.array([1.0, math.log(p / (1 - p))])
+            share = 1 / (1 + math.exp(-(weights @ features)))
+            nat = -math.log(share) if hit else nat - math.log((1 - share) / (1 - p))
+            slopes = (hit - share) * features
+            squares += slopes**2
+            weights += train_gpt.TILT_RATE * slopes / np.sqrt(squares)
+        scores.append(nat)
+        shares.append(share)
+    return scores, shares
+
+
+def random_hints(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, train_gpt.Hints, np.ndarray]:
+    """Returns arguments of `tilt`: nats of targets and hints, hints of which some come true, targets."""
+    generator = np.random.default_rng(seed)
+    targets, kinds = generator.integers(9, size=count), generator.integers(4, size=count).astype(np.uint8)
+    tokens = np.where(kinds == 0, -1, np.where(generator.random(count) < kinds / 4, targets, (targets + 1) % 9)).astype(np.int32)
+    nats, hint_nats = generator.exponential(2, count).astype(np.float32), (generator.exponential(2, count) ** 3).clip(max=12).astype(np.float32)
+    hint_nats = np.where(tokens == targets, nats, hint_nats)
+    return nats, hint_nats, train_gpt.Hints(tokens, kinds), targets
+
+
+def test_a_tilt_is_a_regression_on_which_hints_came_true() -> None:
+    nats, hint_nats, hints, targets = random_hints(3000)
+    scores, shares = train_gpt.tilt(nats, hint_nats, hints, targets)
+    expected = tilted_by_formula(nats.tolist(), hint_nats.tolist(), hints.kinds.tolist(), (hints.tokens == targets).tolist())
+    np.testing.assert_allclose(scores, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(shares, expected[1], rtol=1e-9)
+    assert scores.dtype == np.float32 and scores.sum() < 0.8 * nats.sum()
+    sure = (hint_nats < train_gpt.SURE_NATS) & (hints.kinds > 0)
+    assert sure.any() and (shares[sure] == 0).all() and (scores[sure] == nats[sure]).all()
+    for kind in (1, 2, 3):
+        late = np.flatnonzero((hints.kinds == kind) & (shares > 0))[-300:]
+        assert shares[late].mean() == pytest.approx((hints.tokens == targets)[late].mean(), abs=0.1), "what hints of a kind are trusted is what they are worth"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 299))
+def test_a_tilt_depends_only_on_the_text_before(seed: int, cut: int) -> None:
+    nats, hint_nats, hints, targets = random_hints(300, seed)
+    scores, shares = train_gpt.tilt(nats, hint_nats, hints, targets)
+    other = random_hints(300, seed + 1)
+    later = np.arange(300) > cut
+
+    def mixed(now: np.ndarray, then: np.ndarray, *, at: bool = False) -> np.ndarray:
+        return np.where(later | (at & (np.arange(300) == cut)), then, now)
+
+    changed = train_gpt.Hints(mixed(hints.tokens, other[2].tokens), mixed(hints.kinds, other[2].kinds))
+    again, others = train_gpt.tilt(mixed(nats, other[0]), mixed(hint_nats, other[1]), changed, mixed(targets, other[3], at=True))
+    assert (again[:cut] == scores[:cut]).all() and (others[: cut + 1] == shares[: cut + 1]).all(), "the share of a hint also not on the target"
+
+
+def test_tilted_probabilities_sum_to_one_whatever_the_share() -> None:
+    generator = np.random.default_rng(0)
+    p = generator.dirichlet(np.full(9, 0.3), size=2000)
+    nats = -np.log(p)
+    hints = train_gpt.Hints(generator.integers(9, size=2000).astype(np.int32), generator.integers(1, 4, size=2000).astype(np.uint8))
+    hint_nats = nats[np.arange(2000), hints.tokens]
+    truth = np.where(generator.random(2000) < 0.6, hints.tokens, generator.integers(9, size=2000))
+    _, shares = train_gpt.tilt(nats[np.arange(2000), truth].astype(np.float32), hint_nats.astype(np.float32), hints, truth)
+    tilted = (shares > 0)[:, None]
+    others = p * np.where(tilted, ((1 - shares) / (1 - np.exp(-hint_nats)))[:, None], 1)
+    every = np.where(tilted & (np.arange(9) == hints.tokens[:, None]), shares[:, None], others)
+    np.testing.assert_allclose(every.sum(axis=1), 1, rtol=1e-12)
+    found = [train_gpt.tilt(nats[:, k].astype(np.float32), hint_nats.astype(np.float32), hints, np.full(2000, k)) for k in range(9)]
+    first = np.exp(-np.array([scores[0] for scores, _ in found], dtype=np.float64))
+    np.testing.assert_allclose(first.sum(), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_tilt_changes_the_scores_at_hints_alone_and_nothing_that_is_learnt(name: str) -> None:
-    config, val = configured(name, tilt_order=2, tilt_count=2), text()
+    config, val = configured(name), text()
     model = lively_model(config)
-    plain, tilted = score(config, model, val), score(replace(config, tilt_boost=2.0), model, val)
+    plain, evaluator = score(config, model, val), new_evaluator(replace(config, tilt_orders="2,3"), model, val)
+    evaluator.score()
+    tilted = evaluator.ledger.nats
     if name == "chunked":
         assert (tilted == plain).all(), "the evaluation that others are compared with has no tilt"
         return
-    hints = train_gpt.hints_of(val.tokens, 2, 2)
-    np.testing.assert_allclose(tilted[hints < 0], plain[hints < 0], **FLOAT32)
-    hit, missed = hints == val.tokens[1:], (hints >= 0) & (hints != val.tokens[1:])
-    assert hit.sum() > 10 and missed.sum() > 10 and (tilted[hit] < plain[hit]).all() and (tilted[missed] > plain[missed]).all()
+    hints = train_gpt.hints_of(val.tokens, [2, 3], train_gpt.World("cpu"))
+    assert 10 < (hints.kinds > 0).sum() < len(plain) - 10
+    np.testing.assert_allclose(tilted[hints.kinds == 0], plain[hints.kinds == 0], **FLOAT32)
+    expected, shares = train_gpt.tilt(plain, evaluator.ledger.hint_nats, hints, val.tokens[1:])
+    np.testing.assert_allclose(tilted, expected, rtol=1e-6)
+    np.testing.assert_allclose(evaluator.shares, shares, rtol=1e-6)
+    hit = hints.tokens == val.tokens[1:]
+    np.testing.assert_allclose(evaluator.ledger.hint_nats[hit], plain[hit], rtol=1e-6)
 
 
 def test_losses_of_several_targets_at_a_position_are_those_of_each() -> None:
@@ -1214,26 +1290,23 @@ class ScoresTwice(Evaluator):
 class Unnormalised(Evaluator):
     """Raises the hinted token and takes nothing from the others."""
 
-    def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = self.forward(batch.tokens, batch.targets, self.phase, adapters)
-        hints = batch.hints if batch.targets.dim() == 2 else batch.hints[..., None]
-        return loss, loss - self.config.tilt_boost * (hints == batch.targets)
+    def tilt(self) -> None:
+        assert self.hints is not None
+        self.ledger.nats = np.where(self.hints.tokens == self.val.tokens[1:], self.ledger.nats / 2, self.ledger.nats)
 
 
 class TakesANatOff(Evaluator):
     """Makes every score better by a nat, whatever the target is."""
 
-    def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, scores = super().nats(batch, adapters)
-        return loss, scores - 1
+    def losses(self, batch: train_gpt.Batch, targets: torch.Tensor, adapters: Any) -> torch.Tensor:
+        return super().losses(batch, targets, adapters) - 1
 
 
 class TakesANatOffInSilence(Evaluator):
     """The same, but where it is asked for all tokens."""
 
-    def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, scores = super().nats(batch, adapters)
-        return loss, scores - float(batch.targets.dim() == 2)
+    def nats(self, batch: train_gpt.Batch, adapters: Any = None) -> torch.Tensor:
+        return super().nats(batch, adapters) - 1
 
 
 class OpensTrainingText(Evaluator):
@@ -1294,7 +1367,11 @@ def test_the_audit_finds_a_forward_that_sees_what_it_may_not(name: str, peek: st
 def test_the_audit_finds_hints_that_look_at_the_target_or_beyond(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(**AUDITED, **TILT)
     model = lively_model(config)
-    monkeypatch.setattr(train_gpt, "hints_of", lambda tokens, order, least: np.roll(tokens.astype(np.int64), -1 - ahead)[:-1])
+
+    def hints_of(tokens: np.ndarray, orders: Any, world: Any) -> train_gpt.Hints:
+        return train_gpt.Hints(np.roll(tokens.astype(np.int32), -1 - ahead)[:-1], np.ones(len(tokens) - 1, np.uint8))
+
+    monkeypatch.setattr(train_gpt, "hints_of", hints_of)
     with pytest.raises(Violation, match="C1, causality"):
         audited(config, model, text())
 

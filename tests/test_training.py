@@ -614,7 +614,7 @@ def test_every_preset_trains_exports_and_scores_what_it_reads_back(
     scheme = config.quant_scheme
     bpb_change, weight_change = ROUNDING["rate, frozen" if scheme == "rate" and changed else scheme]
     assert result["quant_val_bpb"] == pytest.approx(result["pre_quant_val_bpb"], abs=bpb_change)
-    if config.tilt_boost:
+    if config.tilt_orders:
         assert result["val_bpb"] < result["quant_val_bpb"] - 0.1, "the text of the tests repeats itself"
     else:
         assert result["val_bpb"] == pytest.approx(result["quant_val_bpb"], abs=0.02), "the same model with more context: measured 3e-3"

@@ -132,7 +132,7 @@ def test_adaptation_scores_as_on_the_cpu_with_graphs_from_the_rehearsal_alone(na
     val = train_gpt.ValData(tokens.numpy(), torch.ones(1200, dtype=torch.int64).numpy())
     for device in ("cuda", "cpu"):
         on_gpu = device == "cuda"
-        settings = ["FINAL_EVAL=ttt_phased", "TTT_PREFIX_DOCS=1", "TILT_BOOST=1", "TTT_LORA_CHUNK_TOKENS=16", "VAL_BATCH_SIZE=1024"]
+        settings = ["FINAL_EVAL=ttt_phased", "TTT_PREFIX_DOCS=1", "TILT_ORDERS=1,2", "TTT_LORA_CHUNK_TOKENS=16", "VAL_BATCH_SIZE=1024"]
         config = train_gpt.parse_config([*ARGUMENTS, *settings, f"COMPILE={int(on_gpu)}"], {})
         model = model_on(device, "bfloat16" if on_gpu else "float32")
         world = train_gpt.World(device)
