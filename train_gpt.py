@@ -521,6 +521,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50,
         "calibration_tokens": 32768, "bytes_cap": 500_000,
         "final_eval": "ttt_lora", "ttt_lora_rank": 16, "ttt_lora_alpha": 72.0, "ttt_lora_lr": 0.001, "ttt_lora_chunk_tokens": 64,
+        "tilt_orders": "1,2,4,8,16",
     },
 }
 # SCALE=tiny: laid over any preset, so that the same features run in seconds on a CPU.

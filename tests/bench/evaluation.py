@@ -30,8 +30,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunked": ("chunked", {}),
     "sliding, stride 64": ("sliding", {}),
     "sliding, stride 16": ("sliding", {"eval_stride": 16}),
-    "sliding, tilt 1 (order 8)": ("sliding", {"tilt_boost": 1.0}),
-    "sliding, tilt 2 (order 8)": ("sliding", {"tilt_boost": 2.0}),
+    "sliding, tilt": ("sliding", {"tilt_orders": "1,2,4,8,16"}),
     "sliding, negative softcap 20": ("sliding", {"eval_softcap_negative": 20.0}),
     "sliding, 512 tokens": ("sliding", {"eval_seq_len": 512}),
     "sliding, 512 tokens, ntk": ("sliding", {"eval_seq_len": 512, "rope_scaling": "ntk"}),
@@ -40,7 +39,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ttt_sgd": ("ttt_sgd", {}),
     "ttt_sgd, rate 0.05": ("ttt_sgd", {"ttt_lr": 0.05}),
     "ttt_lora": ("ttt_lora", {}),
-    "ttt_lora, tilt 2": ("ttt_lora", {"tilt_boost": 2.0}),
+    "ttt_lora, tilt": ("ttt_lora", {"tilt_orders": "1,2,4,8,16"}),
     "ttt_lora, rate 0.0001": ("ttt_lora", {"ttt_lora_lr": 1e-4}),
     "ttt_lora, rate 0.0003": ("ttt_lora", {"ttt_lora_lr": 3e-4}),
     "ttt_lora, rate 0.003": ("ttt_lora", {"ttt_lora_lr": 3e-3}),
@@ -52,7 +51,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ttt_lora, head only": ("ttt_lora", {"ttt_lora_targets": "head"}),
     "ttt_lora, without head": ("ttt_lora", {"ttt_lora_targets": "q,k,v,out,up,gate,down"}),
     "ttt_phased": ("ttt_phased", {"ttt_prefix_docs": 15, "ttt_phases": 3}),
-    "ttt_phased, tilt 1": ("ttt_phased", {"ttt_prefix_docs": 15, "ttt_phases": 3, "tilt_boost": 1.0}),
+    "ttt_phased, tilt": ("ttt_phased", {"ttt_prefix_docs": 15, "ttt_phases": 3, "tilt_orders": "1,2,4,8,16"}),
 }
 
 
