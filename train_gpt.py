@@ -194,6 +194,7 @@ class Config:
     device: str = setting("auto", "auto = cuda where there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
+    compile_autotune: bool = setting(False, "COMPILE=1: time several kernels for every product, with what follows it, and take the fastest; minutes more")
     mlp_post_only: bool = setting(False, "squared relu: keep only its result for backward, the sign of its argument in the last bit")
     fp8: str = setting("", "forward products of training in float8 e4m3: some of head,mlp; empty = none. The artifact is scored without", form=parse_fp8)
 
@@ -2888,7 +2889,7 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
         return function
     # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
     torch._dynamo.config.recompile_limit = max(64, 2 * len(Schedule(config).phases()) + 16)
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs" if config.compile_autotune else None)
 
 
 class Move(NamedTuple):
