@@ -5191,7 +5191,7 @@ class Evaluator:
         self.batch = max(self.config.val_batch_size // (self.window * run.world.size), 1)  # windows in one pass
         self.by_document = name in ("ttt_lora", "ttt_phased")
         self.ledger = Ledger(self.inputs)
-        orders = parse_orders(self.config.tilt_orders) if name != "chunked" else []
+        orders = parse_orders(self.config.tilt_orders) if name == self.config.final_eval != "chunked" else []
         self.hints = hints_of(val.tokens, orders, run.world) if orders else None
         self.shares = np.zeros(self.inputs)  # of the probability, that hints were given
         self.sgd: torch.optim.SGD | None = None
