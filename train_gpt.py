@@ -4886,18 +4886,20 @@ class Violation(ValueError):
 
 
 class Ledger:
-    """The scores of one evaluation, in text order, and the two rules about writing them."""
+    """What the model says of the targets of one evaluation, in text order, and the two rules about writing it. Without a tilt these are the scores."""
 
-    def __init__(self, targets: int) -> None:
-        self.nats, self.hint_nats = np.zeros(targets, dtype=np.float32), np.zeros(targets, dtype=np.float32)
+    def __init__(self, targets: int, *, has_hints: bool = False) -> None:
+        self.nats, self.hint_nats = np.zeros(targets, dtype=np.float32), np.zeros(targets if has_hints else 0, dtype=np.float32)
         self.written = np.zeros(targets, dtype=bool)  # by this rank
 
-    def write(self, first: int, nats: np.ndarray, hint_nats: np.ndarray | float = 0.0) -> None:
+    def write(self, first: int, nats: np.ndarray, hint_nats: np.ndarray | None = None) -> None:
         """Keeps the nats of the targets of inputs `first`, `first` + 1, ... and of their hints. Raises Violation when one of them has a score already."""
         span = slice(first, first + len(nats))
         if self.written[span].any():
             raise Violation(f"targets of inputs {first} to {first + len(nats)} would be scored twice; a target is scored once, in one pass")
-        self.nats[span], self.hint_nats[span], self.written[span] = nats, hint_nats, True
+        self.nats[span], self.written[span] = nats, True
+        if hint_nats is not None:
+            self.hint_nats[span] = hint_nats
 
     def allow_learning(self, first: int, end: int) -> None:
         """Raises Violation unless this rank has scored the targets of all inputs in [first, end)."""
@@ -4908,11 +4910,13 @@ class Ledger:
         """Brings the scores in [first, end) to every rank, once. Raises Violation unless exactly one rank has each. Every rank must call it."""
         span = slice(first, end)
         counts = world.sum_(torch.from_numpy(self.written[span].astype(np.int32)).to(world.device))
-        nats = world.sum_(torch.from_numpy(np.where(self.written[span], [self.nats[span], self.hint_nats[span]], 0)).to(world.device))
+        for nats in (self.nats[span], self.hint_nats[span]):
+            if len(nats):
+                nats[:] = world.sum_(torch.from_numpy(nats * self.written[span]).to(world.device)).cpu().numpy()
         if not bool((counts == 1).all()):
             wrong = int((counts != 1).sum())
             raise Violation(f"{wrong:,} targets of inputs {first} to {end} are not scored exactly once")
-        (self.nats[span], self.hint_nats[span]), self.written[span] = nats.cpu().numpy(), True
+        self.written[span] = True
 
 
 def document_starts(tokens: np.ndarray, bos_id: int) -> np.ndarray:
@@ -5056,7 +5060,7 @@ class DocumentAdapters:
 
 MOST_RUNNING = 3  # times running that a hint came true are told apart up to here
 TILT_RATE = 0.2
-TILT_SECONDS = 1e-7  # for a target, on a slow core
+TILT_SECONDS = 3e-7  # for a target, on a slow core of which others want the memory too
 # A hint that the model is this sure of is left as it is: float32 does not say how little remains for other tokens.
 SURE_NATS = 1e-3
 
@@ -5100,13 +5104,14 @@ def hints_of_order(tokens: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarr
 class Hints(NamedTuple):
     """What the text before hints at, for every target: (N - 1,) arrays."""
 
-    tokens: np.ndarray  # int32, -1 = no hint
-    kinds: np.ndarray  # uint8: a number for each order and number of times running; 0 = no hint
+    tokens: np.ndarray  # uint16
+    kinds: np.ndarray  # uint8: a number for each order and number of times running; 0 = no hint, whatever the token
 
 
 def hints_of(tokens: np.ndarray, orders: Sequence[int], world: World) -> Hints:
     """Returns the hint of the longest of `orders` that has one. Every rank must call it."""
-    hints, kinds = np.full(len(tokens) - 1, -1, np.int32), np.zeros(len(tokens) - 1, np.uint8)
+    hints, kinds = np.zeros(len(tokens) - 1, np.uint16), np.zeros(len(tokens) - 1, np.uint8)
+    hint_kernel()  # one for all threads: each would compile its own
     found = share_work(world, {f"{order:02}": 1 for order in orders}, lambda order: hints_of_order(tokens, int(order)))
     for number, (some, runs) in enumerate(found[f"{order:02}"] for order in orders):
         there = runs > 0
@@ -5170,7 +5175,8 @@ class Evaluator:
     """One evaluation of the validation split: `score` gives every target its nats.
 
     Ranks share the windows or documents of a stretch; each target's score is the same for any number of ranks, up to the rounding of batches and, with
-    global SGD, of gradients summed in another order. Exception: TTT_LORA_WARM_A with ranks that do not divide STREAMS.
+    global SGD, of gradients summed in another order. Exceptions: TTT_LORA_WARM_A with ranks that do not divide STREAMS; a hint that rounding takes across
+    SURE_NATS.
     """
 
     def __init__(
@@ -5190,10 +5196,10 @@ class Evaluator:
         self.planned = [self.windows(stretch.first, stretch.end) for stretch in self.stretches]
         self.batch = max(self.config.val_batch_size // (self.window * run.world.size), 1)  # windows in one pass
         self.by_document = name in ("ttt_lora", "ttt_phased")
-        self.ledger = Ledger(self.inputs)
         orders = parse_orders(self.config.tilt_orders) if name == self.config.final_eval != "chunked" else []
         self.hints = hints_of(val.tokens, orders, run.world) if orders else None
-        self.shares = np.zeros(self.inputs)  # of the probability, that hints were given
+        self.ledger = Ledger(self.inputs, has_hints=bool(orders))
+        self.scores, self.shares = np.empty(0, np.float32), np.empty(0)  # of all targets, and what `tilt` gave their hints
         self.sgd: torch.optim.SGD | None = None
         self.adapters: DocumentAdapters | None = rehearsed.adapters if rehearsed else None
         self.most_documents = run.config.ttt_lora_batch_docs  # scored in one pass
@@ -5206,7 +5212,7 @@ class Evaluator:
     def read(self, windows: np.ndarray, length: int) -> Batch:
         """Returns the rows of windows (first input read, first scored, end), `length` inputs long; nothing from `end` on is read."""
         tokens, targets = (np.full((len(windows), length), (self.config.bos_id + 1) % self.config.vocab_size, dtype=np.int64) for _ in range(2))
-        hints = np.full((len(windows), length), -1, dtype=np.int64)
+        hints = np.zeros((len(windows), length), dtype=np.int64)
         for row, (start, _, end) in enumerate(windows):
             tokens[row, : end - start], targets[row, : end - start] = self.val.tokens[start:end], self.val.tokens[start + 1 : end + 1]
             if self.hints is not None:
@@ -5226,7 +5232,7 @@ class Evaluator:
         """Returns the nats of every target and, where there are hints, of its hint: (B, T, 1 or 2)."""
         if batch.hints is None:
             return self.losses(batch, batch.targets, adapters)[..., None]
-        return self.losses(batch, torch.stack([batch.targets, batch.hints.clamp_min(0)], dim=-1), adapters)
+        return self.losses(batch, torch.stack([batch.targets, batch.hints], dim=-1), adapters)
 
     def write(self, windows: np.ndarray, nats: Tensor) -> None:
         """Enters the nats (B, T, 1 or 2) of windows into the ledger."""
@@ -5425,9 +5431,10 @@ class Evaluator:
             self.note_progress(3.0 * c.ttt_epochs * passes * rows * length)
 
     def tilt(self) -> None:
-        """Makes what the ledger holds, the model's nats, the scores."""
+        """Makes scores of what the ledger holds."""
+        self.scores = self.ledger.nats
         if self.hints is not None:
-            self.ledger.nats, self.shares = tilt(self.ledger.nats, self.ledger.hint_nats, self.hints, self.val.tokens[1:])
+            self.scores, self.shares = tilt(self.ledger.nats, self.ledger.hint_nats, self.hints, self.val.tokens[1:])
 
     def score(self) -> Score:
         """Returns the score of the whole split. Every rank must call it. The weights are afterwards what they were."""
@@ -5452,7 +5459,7 @@ class Evaluator:
                 parameter.data.copy_(weight)
                 parameter.grad = None
         self.tilt()
-        total, text_bytes = float(self.ledger.nats.sum(dtype=np.float64)), int(self.val.target_bytes.sum())
+        total, text_bytes = float(self.scores.sum(dtype=np.float64)), int(self.val.target_bytes.sum())
         adapted = sum(world.gather_objects(self.adapted))
         seconds = time.perf_counter() - self.began
         return Score(total / self.inputs, total / math.log(2) / text_bytes, seconds, self.inputs, text_bytes, adapted / self.inputs)
@@ -5480,7 +5487,7 @@ def rehearse(run: Run, model: GPT, forward: Callable[..., Tensor], name: str, ph
     evaluator = Evaluator(run._replace(log=Log(None)), model, forward, text, name, phase)
     evaluator.score_windows(evaluator.windows(0, inputs))
     if evaluator.by_document:
-        evaluator.ledger, evaluator.adapters = Ledger(inputs), DocumentAdapters(model, phase, c, c.ttt_lora_batch_docs)
+        evaluator.ledger, evaluator.adapters = Ledger(inputs, has_hints=evaluator.hints is not None), DocumentAdapters(model, phase, c, c.ttt_lora_batch_docs)
         evaluator.score_adapting(np.array([(0, longest), (longest, longest + short)]), evaluator.adapters)
     evaluator.tilt()
     if learns:
@@ -5539,8 +5546,8 @@ def score_artifact(run: Run, artifact: bytes, val: ValData, kernels: Kernels) ->
     final = evaluators[config.final_eval]
     if run.world.is_main:
         try:
-            plain = evaluators["sliding" if config.documents_file else "chunked"].ledger.nats
-            write_scores(config, val, final.ledger.nats, plain, document_starts(val.tokens, config.bos_id))
+            plain = evaluators["sliding" if config.documents_file else "chunked"].scores
+            write_scores(config, val, final.scores, plain, document_starts(val.tokens, config.bos_id))
         except OSError as problem:  # the score stands without its details
             run.log.note(f"SCORES_FILE or DOCUMENTS_FILE cannot be written ({problem})")
     if config.audit:
@@ -5586,7 +5593,7 @@ def watched(evaluator: Evaluator, cuts: Sequence[int]) -> tuple[np.ndarray, dict
             hint = int(evaluator.hints.tokens[cut])
             every += torch.log1p(-(-every[hint]).exp()) - math.log1p(-share)
             every[hint] = -math.log(share)
-    return evaluator.ledger.nats, seen
+    return evaluator.scores, seen
 
 
 def audit(run: Run, new_evaluator: Callable[[ValData], Evaluator], val: ValData) -> None:

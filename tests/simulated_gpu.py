@@ -4,7 +4,8 @@
     python tests/simulated_gpu.py DEVICE=cuda COMPILE=0 ...                  also by torchrun
 
 An operation that mixes devices, a CPU generator for numbers made on the device and a collective on the wrong group raise, as on a real one. `traffic` lists
-what makes the host wait for the device. Kernels, streams, memory and the compiler are not simulated: tests/gpu needs the device itself.
+what makes the host wait for the device, as far as it is known here: not what solvers and searches for unique values do. Kernels, streams, memory and the
+compiler are not simulated: tests/gpu needs the device itself.
 """
 
 from __future__ import annotations
@@ -164,11 +165,14 @@ class SimulatedGpu(TorchFunctionMode):
             made = function(*arguments, **given)
             made.is_staged = True
             return made
+        if function is Tensor.new_tensor and isinstance(x, OnGpu):
+            TRAFFIC.wait(name)
+            return OnGpu(torch.tensor(*arguments[1:], **{"dtype": x.dtype, **given}))
         if is_cuda(given.get("device")):
             generator = given.get("generator")
             assert generator is None or generator.device.type == "cuda", f"{name}: a generator of the CPU for numbers on the device"
-            if function is torch.tensor:
-                TRAFFIC.wait("torch.tensor on the device")
+            if name in ("tensor", "as_tensor", "asarray"):
+                TRAFFIC.wait(f"torch.{name} on the device")
             made = function(*arguments, **{**given, "device": "cpu"})
             return made if isinstance(made, OnGpu) else OnGpu(made)
         return function(*arguments, **given)
@@ -177,6 +181,8 @@ class SimulatedGpu(TorchFunctionMode):
         """Tensor.to, of a device first, of a dtype, or of a tensor whose dtype is meant."""
         device = given.pop("device", arguments[0] if arguments else None)
         arguments = arguments[1:] if arguments and arguments[0] is device else arguments
+        if isinstance(device, Tensor):
+            device, arguments = device.device, (device.dtype, *arguments)
         if not isinstance(device, str | torch.device):
             return Tensor.to(x, *(() if device is None else (device,)), *arguments, **given)
         waits = not given.get("non_blocking") or not (isinstance(x, OnGpu) or getattr(x, "is_staged", False))

@@ -92,7 +92,7 @@ def score(config: Config, model: train_gpt.GPT, val: ValData) -> np.ndarray:
     """Returns the nats of every target."""
     evaluator = new_evaluator(config, model, val)
     evaluator.score()
-    return evaluator.ledger.nats
+    return evaluator.scores
 
 
 def losses(model: Any, tokens: np.ndarray, phase: Phase | None = None) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_rows_hold_the_text_of_their_windows_and_nothing_after_the_last_target()
         size = end - start
         assert batch.tokens[row, :size].tolist() == val.tokens[start:end].tolist()
         assert batch.targets[row, :size].tolist() == val.tokens[start + 1 : end + 1].tolist()
-        assert (batch.tokens[row, size:] == FILLER).all() and (batch.targets[row, size:] == FILLER).all() and (batch.hints[row, size:] == -1).all()
+        assert (batch.tokens[row, size:] == FILLER).all() and (batch.targets[row, size:] == FILLER).all() and (batch.hints[row, size:] == 0).all()
         later = np.arange(len(val.tokens)) > end
         other = new_evaluator(config, lively_model(config), with_tokens(val, later, 5)).read(windows[row : row + 1], WINDOW)
         assert all(torch.equal(one[0], two[row]) for one, two in zip(other[:3], batch[:3], strict=True))
@@ -261,8 +261,8 @@ def test_the_totals_are_sums_in_float64_over_all_targets_and_all_bytes(name: str
     config, val = configured(name, **TILT), text()
     evaluator = new_evaluator(config, lively_model(config), val)
     found = evaluator.score()
-    total, text_bytes = math.fsum(map(float, evaluator.ledger.nats)), int(val.target_bytes.sum())
-    assert evaluator.ledger.nats.dtype == np.float32 and (found.targets, found.bytes) == (INPUTS, text_bytes)
+    total, text_bytes = math.fsum(map(float, evaluator.scores)), int(val.target_bytes.sum())
+    assert evaluator.scores.dtype == np.float32 and (found.targets, found.bytes) == (INPUTS, text_bytes)
     assert found.val_loss == pytest.approx(total / INPUTS, rel=1e-14)
     assert found.val_bpb == pytest.approx(total / math.log(2) / text_bytes, rel=1e-14)
     again = train_gpt.evaluate(new_run(config), evaluator.model, evaluator.model, val, name, evaluator.phase)
@@ -339,7 +339,7 @@ for label, (config, weights) in evaluations.items():
             found[label] = train_gpt.audit(run, new_evaluator, val)
         else:
             total = new_evaluator(val).score()
-            found[label] = made[0].ledger.nats, total, all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+            found[label] = made[0].scores, total, all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     except Exception as error:
         found[label] = repr(error)
 for label, shares in ledgers.items():
@@ -359,13 +359,15 @@ world.close()
 # A forward of one row each, and at most two rows a chunk: two ranks then add up the same gradients in the same order.
 ROW_BY_ROW: dict[str, Any] = {"val_batch_size": 1, "micro_batch_tokens": 16, "train_batch_tokens": 16, "ttt_chunk_tokens": 32, "ttt_epochs": 1}
 ON_RANKS = {
-    "sliding": configured(**ROW_BY_ROW),
-    "ttt_sgd": configured("ttt_sgd", **ROW_BY_ROW),
-    "ttt_lora": configured("ttt_lora"),
+    "sliding": configured(**ROW_BY_ROW, **TILT),
+    "ttt_sgd": configured("ttt_sgd", **ROW_BY_ROW, **TILT),
+    "ttt_lora": configured("ttt_lora", **TILT),
     "ttt_lora, warm": configured("ttt_lora", ttt_lora_warm_a=True, ttt_lora_batch_docs=1),
-    "ttt_phased": configured("ttt_phased", **ROW_BY_ROW, ttt_phases=3),
+    "ttt_phased": configured("ttt_phased", **ROW_BY_ROW, **TILT, ttt_phases=3),
 }
-AUDITED_ON_RANKS = {f"audit {name}": configured(name, audit=True, audit_tokens=64, ttt_lora_batch_docs=64) for name in ("ttt_lora", "ttt_phased")}
+AUDITED_ON_RANKS = {
+    f"audit {name}": configured(name, audit=True, audit_tokens=64, ttt_lora_batch_docs=64, **TILT) for name in ("ttt_lora", "ttt_phased")
+}  # fmt: skip
 SETTLED = {
     "shared": ([(0, 3), (8, 9)], [(3, 8)]),
     "scored by none": ([(1, 3)], [(4, 9)]),
@@ -396,7 +398,7 @@ def test_two_ranks_give_the_scores_of_one(on_two_ranks: list[dict[str, Any]], la
     for found in on_two_ranks:
         nats, other_total, is_restored = found[label]
         assert is_restored and other_total.adapted_frac == 1
-        assert (nats == evaluator.ledger.nats).all() and other_total._replace(seconds=total.seconds) == total
+        assert (nats == evaluator.scores).all() and other_total._replace(seconds=total.seconds) == total
 
 
 @pytest.mark.parametrize("label", AUDITED_ON_RANKS)
@@ -656,7 +658,7 @@ def test_compiled_adaptation_scores_as_an_eager_one_with_two_graphs_for_all_docu
     evaluator = train_gpt.Evaluator(run, model, forward, val, "ttt_lora", phase, rehearsed=rehearsed)
     evaluator.score()
     assert len(graphs) == made
-    np.testing.assert_allclose(evaluator.ledger.nats, expected, **FLOAT32)
+    np.testing.assert_allclose(evaluator.scores, expected, **FLOAT32)
     rehearsed = train_gpt.rehearse(run, model, forward, "sliding", phase)
     assert len(graphs) == made + 1, "without hints, which the final evaluation alone has"
     train_gpt.Evaluator(run, model, forward, val, "sliding", phase, rehearsed=rehearsed).score()
@@ -850,7 +852,7 @@ def test_the_longest_context_that_came_before_hints() -> None:
     by_order = [hints_by_dictionary(tokens, order) for order in (1, 3, 5)]
     for target, choices in enumerate(zip(*by_order, strict=True)):
         number = max((number for number, (_, runs) in enumerate(choices) if runs), default=None)
-        expected = (-1, 0) if number is None else (choices[number][0], number * train_gpt.MOST_RUNNING + choices[number][1])
+        expected = (0, 0) if number is None else (choices[number][0], number * train_gpt.MOST_RUNNING + choices[number][1])
         assert (hints.tokens[target], hints.kinds[target]) == expected
     assert len(set(hints.kinds.tolist())) == 10, "every kind, and none"
 
@@ -879,7 +881,7 @@ def random_hints(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, tra
     """Returns arguments of `tilt`: nats of targets and hints, hints of which some come true, targets."""
     generator = np.random.default_rng(seed)
     targets, kinds = generator.integers(9, size=count), generator.integers(4, size=count).astype(np.uint8)
-    tokens = np.where(kinds == 0, -1, np.where(generator.random(count) < kinds / 4, targets, (targets + 1) % 9)).astype(np.int32)
+    tokens = np.where(kinds == 0, 0, np.where(generator.random(count) < kinds / 4, targets, (targets + 1) % 9)).astype(np.uint16)
     nats, hint_nats = generator.exponential(2, count).astype(np.float32), (generator.exponential(2, count) ** 3).clip(max=12).astype(np.float32)
     hint_nats = np.where(tokens == targets, nats, hint_nats)
     return nats, hint_nats, train_gpt.Hints(tokens, kinds), targets
@@ -915,21 +917,30 @@ def test_a_tilt_depends_only_on_the_text_before(seed: int, cut: int) -> None:
     assert (again[:cut] == scores[:cut]).all() and (others[: cut + 1] == shares[: cut + 1]).all(), "the share of a hint also not on the target"
 
 
-def test_tilted_probabilities_sum_to_one_whatever_the_share() -> None:
+@pytest.mark.parametrize("worth", [0.0, 0.6, 1.0])
+def test_tilted_probabilities_sum_to_one_whatever_has_been_learnt(worth: float) -> None:
+    """Every token in turn is the last of a text whose hints come true in this share."""
     generator = np.random.default_rng(0)
-    p = generator.dirichlet(np.full(9, 0.3), size=2000)
-    nats = -np.log(p)
-    hints = train_gpt.Hints(generator.integers(9, size=2000).astype(np.int32), generator.integers(1, 4, size=2000).astype(np.uint8))
-    hint_nats = nats[np.arange(2000), hints.tokens]
-    truth = np.where(generator.random(2000) < 0.6, hints.tokens, generator.integers(9, size=2000))
-    _, shares = train_gpt.tilt(nats[np.arange(2000), truth].astype(np.float32), hint_nats.astype(np.float32), hints, truth)
-    tilted = (shares > 0)[:, None]
-    others = p * np.where(tilted, ((1 - shares) / (1 - np.exp(-hint_nats)))[:, None], 1)
-    every = np.where(tilted & (np.arange(9) == hints.tokens[:, None]), shares[:, None], others)
-    np.testing.assert_allclose(every.sum(axis=1), 1, rtol=1e-12)
-    found = [train_gpt.tilt(nats[:, k].astype(np.float32), hint_nats.astype(np.float32), hints, np.full(2000, k)) for k in range(9)]
-    first = np.exp(-np.array([scores[0] for scores, _ in found], dtype=np.float64))
-    np.testing.assert_allclose(first.sum(), 1, rtol=1e-6)
+    p = generator.dirichlet(np.full(9, 0.3), size=2000).clip(1e-9)
+    hints = train_gpt.Hints(generator.integers(9, size=2000).astype(np.uint16), generator.integers(1, 4, size=2000).astype(np.uint8))
+    rows, truth = np.arange(2000), np.where(generator.random(2000) < worth, hints.tokens, generator.integers(9, size=2000))
+    for end in (20, 500, 1999, 2000):
+        total, shares = 0.0, set()
+        for token in range(9):
+            targets = np.append(truth[: end - 1], token)
+            nats, hint_nats = (-np.log(p[rows[:end], chosen]).astype(np.float32) for chosen in (targets, hints.tokens[:end]))
+            scores, share = train_gpt.tilt(nats, hint_nats, train_gpt.Hints(hints.tokens[:end], hints.kinds[:end]), targets)
+            total += math.exp(-float(scores[-1]))
+            shares.add(float(share[-1]))
+        assert len(shares) == 1 and total == pytest.approx(p[end - 1].sum(), abs=2e-6)
+
+
+def test_scores_stay_finite_where_hints_are_certain_impossible_or_always_wrong() -> None:
+    hint_nats = np.array([0.0, 1e-9, 2e-3, 50.0, 200.0, np.inf] * 2000, dtype=np.float32)
+    hints = train_gpt.Hints(np.ones(12_000, np.uint16), np.ones(12_000, np.uint8))
+    for targets in (np.ones(12_000, np.int64), np.append(np.ones(11_999, np.int64), 5), np.full(12_000, 5)):
+        scores, shares = train_gpt.tilt(np.where(targets == 1, hint_nats.clip(max=300), 9.0), hint_nats, hints, targets)
+        assert np.isfinite(scores).all() and (scores >= 0).all() and (shares < 1).all()
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
@@ -938,7 +949,7 @@ def test_a_tilt_changes_the_scores_at_hints_alone_and_nothing_that_is_learnt(nam
     model = lively_model(config)
     plain, evaluator = score(config, model, val), new_evaluator(replace(config, tilt_orders="2,3"), model, val)
     evaluator.score()
-    tilted = evaluator.ledger.nats
+    tilted = evaluator.scores
     if name == "chunked":
         assert (tilted == plain).all(), "the evaluation that others are compared with has no tilt"
         return
@@ -948,8 +959,18 @@ def test_a_tilt_changes_the_scores_at_hints_alone_and_nothing_that_is_learnt(nam
     expected, shares = train_gpt.tilt(plain, evaluator.ledger.hint_nats, hints, val.tokens[1:])
     np.testing.assert_allclose(tilted, expected, rtol=1e-6)
     np.testing.assert_allclose(evaluator.shares, shares, rtol=1e-6)
-    hit = hints.tokens == val.tokens[1:]
+    np.testing.assert_allclose(evaluator.ledger.nats, plain, **FLOAT32)
+    hit = (hints.tokens == val.tokens[1:]) & (hints.kinds > 0)
     np.testing.assert_allclose(evaluator.ledger.hint_nats[hit], plain[hit], rtol=1e-6)
+
+
+def test_adaptation_leaves_time_for_the_tilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, val = configured("ttt_lora", eval_seconds=1000.0), text()
+    model = lively_model(config)
+    for seconds, adapts in ((0.1, True), (1000.0, False)):
+        monkeypatch.setattr(train_gpt, "TILT_SECONDS", seconds)
+        assert (new_evaluator(replace(config, **TILT), model, val).score().adapted_frac > 0) == adapts
+        assert new_evaluator(config, model, val).score().adapted_frac > 0
 
 
 def test_losses_of_several_targets_at_a_position_are_those_of_each() -> None:
@@ -1020,7 +1041,7 @@ def test_adaptation_ends_in_time_for_the_rest_to_be_scored_without(name: str, mo
         """As `score_artifact` does, after a chunked evaluation, which reads the text once."""
         evaluator = new_evaluator(config, model, val, forward=meter.metered(model), plain_seconds=1.0)
         meter.now += 1.0
-        return evaluator.score(), evaluator.ledger.nats
+        return evaluator.score(), evaluator.scores
 
     whole, adapted = timed(config)
     least, _ = timed(replace(config, eval_seconds=1e-6))
@@ -1294,7 +1315,8 @@ class Unnormalised(Evaluator):
 
     def tilt(self) -> None:
         assert self.hints is not None
-        self.ledger.nats = np.where(self.hints.tokens == self.val.tokens[1:], self.ledger.nats / 2, self.ledger.nats)
+        hits = (self.hints.tokens == self.val.tokens[1:]) & (self.hints.kinds > 0)
+        self.scores, self.shares = np.where(hits, self.ledger.nats / 2, self.ledger.nats), np.zeros(self.inputs)
 
 
 class TakesANatOff(Evaluator):
@@ -1371,7 +1393,7 @@ def test_the_audit_finds_hints_that_look_at_the_target_or_beyond(ahead: int, mon
     model = lively_model(config)
 
     def hints_of(tokens: np.ndarray, orders: Any, world: Any) -> train_gpt.Hints:
-        return train_gpt.Hints(np.roll(tokens.astype(np.int32), -1 - ahead)[:-1], np.ones(len(tokens) - 1, np.uint8))
+        return train_gpt.Hints(np.roll(tokens, -1 - ahead)[:-1], np.ones(len(tokens) - 1, np.uint8))
 
     monkeypatch.setattr(train_gpt, "hints_of", hints_of)
     with pytest.raises(Violation, match="C1, causality"):

@@ -143,5 +143,5 @@ def test_adaptation_scores_as_on_the_cpu_with_graphs_from_the_rehearsal_alone(na
         with torch._dynamo.config.patch(error_on_recompile=on_gpu):  # type: ignore[no-untyped-call]
             evaluator = train_gpt.Evaluator(run, model, forward, val, "ttt_phased", phase, rehearsed=rehearsed)
             evaluator.score()
-        found[device] = torch.from_numpy(evaluator.ledger.nats).double()
+        found[device] = torch.from_numpy(evaluator.scores).double()
     assert (found["cuda"] - found["cpu"]).norm() <= 0.02 * found["cpu"].norm()
