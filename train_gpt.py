@@ -5112,8 +5112,9 @@ def hints_of(tokens: np.ndarray, orders: Sequence[int], world: World) -> Hints:
     """Returns the hint of the longest of `orders` that has one. Every rank must call it."""
     hints, kinds = np.zeros(len(tokens) - 1, np.uint16), np.zeros(len(tokens) - 1, np.uint8)
     hint_kernel()  # one for all threads: each would compile its own
-    found = share_work(world, {f"{order:02}": 1 for order in orders}, lambda order: hints_of_order(tokens, int(order)))
-    for number, (some, runs) in enumerate(found[f"{order:02}"] for order in orders):
+    found = share_work(world, {str(order): 1 for order in orders}, lambda order: hints_of_order(tokens, int(order)))
+    for number, order in enumerate(orders):
+        some, runs = found[str(order)]
         there = runs > 0
         hints[there], kinds[there] = some[there], number * MOST_RUNNING + runs[there]
     return Hints(hints, kinds)
