@@ -160,7 +160,7 @@ def test_the_host_does_not_wait_inside_a_step(
     watch(train_gpt.HostCopy, "__init__")
     step = train_gpt.training_step
     monkeypatch.setattr(train_gpt, "training_step", lambda *arguments: (calls.append(1), step(*arguments))[1])
-    ended = run_here(tmp_path, **{**GPU, "COMPUTE_DTYPE": "auto", "VAL_BATCH_SIZE": 1024, **STEPS[name], "STAGES": "train"})
+    ended = run_here(tmp_path, **{**GPU, "COMPUTE_DTYPE": "auto", "VAL_BATCH_SIZE": 1024, "MICRO_BATCH_TOKENS": 2048, **STEPS[name], "STAGES": "train"})
     assert ended.code == 0, ended.errors
     assert len(calls) >= 6 and gpu.waits == []
 
