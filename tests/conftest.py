@@ -40,6 +40,11 @@ CODE_BYTES = train_gpt.code_bytes((ROOT / "train_gpt.py").read_text(encoding="ut
 SENTENCES = ["the cat sat on the mat", "a dog, a log\nand a frog", "Größe und Maß: 12 %", "naïve café ☕", "  two  spaces  ", "to be or not to be"]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Takes back what a test before has set for its whole process: a `World` on the CPU lets it round denormal numbers to zero."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a lossless tokenizer of 384 pieces, two train shards and one val shard: many short documents."""
