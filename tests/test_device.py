@@ -24,9 +24,9 @@ GPU = {
 # Between them every scheme, coder, evaluation, average and optional module.
 RUNS: dict[str, dict[str, Any]] = {
     "starter": {"QAT_START_FRAC": 0.5, "GRAD_CLIP_NORM": 1, "VAL_LOSS_EVERY": 3, "CHECKPOINT_EVERY": 2},
-    "default": {"PRESET": "default", "NUM_LAYERS": 4, "COMPUTE_DTYPE": "bfloat16", "QAT_START_FRAC": 0.7, "TTT_PREFIX_DOCS": 4, "MAX_WALLCLOCK_SECONDS": 60},
+    "default": {"PRESET": "default", "NUM_LAYERS": 4, "COMPUTE_DTYPE": "bfloat16", "QAT_START_FRAC": 0.7, "TTT_PREFIX_DOCS": 4, "MAX_WALLCLOCK_SECONDS": 600},
     "gptq": {"PRESET": "frontier", "NUM_LAYERS": 4, "QAT_START_FRAC": 0.7, "LQER_TOP_K": 2, "TTT_PREFIX_DOCS": 4, "AUDIT": 1, "AUDIT_TOKENS": 512},
-    "adaptive": {"PRESET": "adaptive_clip", "NUM_LAYERS": 4, "QAT_START_FRAC": 0.7, "QAT_LOOP_NOISE": 0.5, "FINAL_EVAL": "ttt_sgd", "EVAL_SECONDS": 30},
+    "adaptive": {"PRESET": "adaptive_clip", "NUM_LAYERS": 4, "QAT_START_FRAC": 0.7, "QAT_LOOP_NOISE": 0.5, "FINAL_EVAL": "ttt_sgd", "EVAL_SECONDS": 3000},
     "recurrent": {"PRESET": "recurrent", "COMPUTE_DTYPE": "bfloat16", "TTT_LORA_RANK": 2, "FINAL_EVAL": "ttt_lora", "SWA_EVERY": 2, "TILT_ORDERS": "2,4"},
     "gptq_lite": {"PRESET": "gptq_lite", "NUM_LAYERS": 4, "TIE_EMBEDDINGS": 0, "CODER": "zstd", "DOCUMENTS_FILE": "documents.csv"},
     "swiglu": {"PRESET": "xsa_swiglu_lora_ttt", "NUM_LAYERS": 4, "QUANT_SCHEME": "rate", "CODER": "range", "TTT_LORA_RANK": 2},
