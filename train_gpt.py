@@ -562,12 +562,13 @@ RENAMED = {
     "ROPE_YARN": "ROPE_SCALING=yarn", "SKIP_GATES_ENABLED": "SKIP_CONNECTIONS=gated", "SMEAR_GATE_BOS_FIX": "nothing: it is always masked",
     "SMEAR_GATE_ENABLED": "USE_SMEARGATE=1 SMEARGATE_KIND=add", "SPARSE_ATTN_GATE_ENABLED": "ATTENTION_GATE_WINDOW=12",
     "SPARSE_ATTN_GATE_SCALE": "ATTENTION_GATE_SCALE", "SWA_ENABLED": "SWA_EVERY (0 = off)", "TRAIN_SEQ_SCHEDULE_MODE": "nothing: it follows progress",
+    "TILT_BOOST": "TILT_ORDERS", "TILT_COUNT": "TILT_ORDERS", "TILT_ORDER": "TILT_ORDERS",
     "VAL_BATCH_TOKENS": "VAL_BATCH_SIZE", "VE_DIM": "VALUE_EMBED_DIM", "VE_ENABLED": "VALUE_EMBED_LAYERS", "VE_LAYERS": "VALUE_EMBED_LAYERS",
 }
 # A variable that starts like one of these belongs to us; if it is no setting, it is a mistake.
 FAMILIES = (
     "MUON_", "NORMUON_", "SMEARGATE_", "EMA_", "LAWA_", "SWA_", "LOOP_", "PARALLEL_", "TRAIN_", "VAL_", "EVAL_", "QUANT_", "QAT_", "ROPE_",
-    "WARMDOWN_", "TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "GPTQ_", "LQER_", "CASEOPS_", "BIGRAM_", "CHECKPOINT_", "CALIBRATION_",
+    "WARMDOWN_", "TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "GPTQ_", "LQER_", "CASEOPS_", "BIGRAM_", "CHECKPOINT_", "CALIBRATION_", "TILT_",
 )  # fmt: skip
 
 
@@ -639,7 +640,7 @@ def read_environment(environment: Mapping[str, str], ignored: Sequence[str], pro
     for name in sorted(set(environment) - set(SETTINGS) - set(ignored)):
         close = difflib.get_close_matches(name, list(SETTINGS), n=1, cutoff=0.8)
         if close or name in RENAMED or name.startswith(FAMILIES):
-            hint = f"Here this is {RENAMED[name]}. " if name in RENAMED else f"did you mean {close[0]}? " if close else ""
+            hint = f"Here this is {RENAMED[name]}. " if name in RENAMED else f"Did you mean {close[0]}? " if close else ""
             problems.append(f"{name} in the environment is not a setting. {hint}If it is not meant for this script: unset it, or IGNORE_ENV={name}")
     return {name: value for name, value in environment.items() if name in SETTINGS and name not in ignored}
 
@@ -832,7 +833,7 @@ class World:
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         if kind == "cpu":
             keep_freed_memory()
-            # Weights that start at zero have gradients whose squares are denormal numbers, with which a CPU is slow: 4% of a step of PRESET=demo.
+            # Weights that start at zero have gradients whose squares are denormal numbers, with which a CPU is slow: 5% of a step of PRESET=demo.
             torch.set_flush_denormal(True)
         self.control: dist.ProcessGroup | None = None
         if kind == "cuda":
@@ -5214,15 +5215,14 @@ class Evaluator:
 
     def read(self, windows: np.ndarray, length: int) -> Batch:
         """Returns the rows of windows (first input read, first scored, end), `length` inputs long; nothing from `end` on is read."""
-        tokens, targets = (np.full((len(windows), length), (self.config.bos_id + 1) % self.config.vocab_size, dtype=np.int64) for _ in range(2))
-        hints = np.zeros((len(windows), length), dtype=np.int64)
+        texts = [self.val.tokens[:-1], self.val.tokens[1:], *([self.hints.tokens] if self.hints is not None else [])]
+        sides = [np.full((len(windows), length), (self.config.bos_id + 1) % self.config.vocab_size, dtype=np.int64) for _ in texts]
         for row, (start, _, end) in enumerate(windows):
-            tokens[row, : end - start], targets[row, : end - start] = self.val.tokens[start:end], self.val.tokens[start + 1 : end + 1]
-            if self.hints is not None:
-                hints[row, : end - start] = self.hints.tokens[start:end]
-        sent = [to_device(torch.from_numpy(side), self.world.device) for side in (tokens, targets, hints)]
-        documents = self.bounds.of(torch.from_numpy(tokens)) if self.model.kernels.attention.is_ragged else 0
-        return Batch(sent[0], sent[1], sent[2] if self.hints is not None else None, documents)
+            for side, text in zip(sides, texts, strict=True):
+                side[row, : end - start] = text[start:end]
+        documents = self.bounds.of(torch.from_numpy(sides[0])) if self.model.kernels.attention.is_ragged else 0
+        tokens, targets, *hints = (to_device(torch.from_numpy(side), self.world.device) for side in sides)
+        return Batch(tokens, targets, hints[0] if hints else None, documents)
 
     def losses(self, batch: Batch, targets: Tensor, adapters: DocumentAdapters | None) -> Tensor:
         """Returns the nats of targets, (B, T) or K at each position, (B, T, K)."""

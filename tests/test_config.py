@@ -203,8 +203,8 @@ def test_unknown_argument_is_refused_with_the_nearest_name(argument: str, hint: 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("NUM_LAYER", "did you mean NUM_LAYERS?"),
-        ("WARM_UP_STEPS", "did you mean WARMUP_STEPS?"),
+        ("NUM_LAYER", "Did you mean NUM_LAYERS?"),
+        ("WARM_UP_STEPS", "Did you mean WARMUP_STEPS?"),
         ("MUON_NESTEROV", "unset it, or IGNORE_ENV=MUON_NESTEROV"),  # nothing is near, but the family is ours
         ("TTT_FREEZE_BLOCKS", "unset it, or IGNORE_ENV=TTT_FREEZE_BLOCKS"),
     ],

@@ -185,12 +185,11 @@ def test_a_document_starts_at_each_bos_that_is_an_input_and_at_the_first_input(t
 def test_rows_hold_the_text_of_their_windows_and_nothing_after_the_last_target() -> None:
     config, val = configured(**TILT), text()
     windows = np.array([(0, 0, 16), (20, 28, 33), (INPUTS - 3, INPUTS - 2, INPUTS)])
-    batch = new_evaluator(config, lively_model(config), val).read(windows, WINDOW)
+    evaluator = new_evaluator(config, lively_model(config), val)
+    batch = evaluator.read(windows, WINDOW)
     for row, (start, _, end) in enumerate(windows):
-        size = end - start
-        assert batch.tokens[row, :size].tolist() == val.tokens[start:end].tolist()
-        assert batch.targets[row, :size].tolist() == val.tokens[start + 1 : end + 1].tolist()
-        assert (batch.tokens[row, size:] == FILLER).all() and (batch.targets[row, size:] == FILLER).all() and (batch.hints[row, size:] == 0).all()
+        for side, there in zip(batch[:3], (val.tokens[:-1], val.tokens[1:], evaluator.hints.tokens), strict=True):
+            assert side[row].tolist() == [*there[start:end], *[FILLER] * (WINDOW - (end - start))]
         later = np.arange(len(val.tokens)) > end
         other = new_evaluator(config, lively_model(config), with_tokens(val, later, 5)).read(windows[row : row + 1], WINDOW)
         assert all(torch.equal(one[0], two[row]) for one, two in zip(other[:3], batch[:3], strict=True))

@@ -620,6 +620,14 @@ def test_gradients_of_the_compiled_model_are_those_of_eager_mode() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize(("autotune", "mode"), [(False, None), (True, "max-autotune-no-cudagraphs")])
+def test_compile_autotune_has_the_compiler_time_kernels(autotune: bool, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.update(options))
+    train_gpt.compiled(abs, small_config(compile=True, compile_autotune=autotune))
+    assert given == {"fullgraph": True, "dynamic": False, "mode": mode}
+
+
 def test_inductor_puts_weights_on_the_same_grid_as_eager_mode() -> None:
     """One layer, because inductor needs half a minute for the smallest whole model. Its output for the identity is its weight."""
     torch._dynamo.reset()

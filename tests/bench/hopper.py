@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -88,14 +89,11 @@ def table() -> dict[str, dict[str, Any]]:
     rows = {}
     for vocabulary in (1024, 8192):
         logits, targets = torch.empty(16, vocabulary, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
-        rows[f"cross_entropy, {vocabulary} tokens"] = resources(
-            "cross_entropy_kernel", lambda logits=logits, targets=targets: train_gpt.fused_cross_entropy(logits, targets, 30.0, 30.0)
-        )
-    for plus in (False, True):
-        x = torch.empty(2, 512, 512, dtype=torch.bfloat16)
-        rows["symmetric" + ", with a second term" * plus] = resources(
-            "symmetric_kernel", lambda x=x, plus=plus: train_gpt.fused_symmetric(x, x if plus else None, 1.0, 1.0)
-        )
+        call = partial(train_gpt.fused_cross_entropy, logits, targets, 30.0, 30.0)
+        rows[f"cross_entropy, {vocabulary} tokens"] = resources("cross_entropy_kernel", call)
+    x = torch.empty(2, 512, 512, dtype=torch.bfloat16)
+    rows["symmetric"] = resources("symmetric_kernel", partial(train_gpt.fused_symmetric, x, None, 1.0, 1.0))
+    rows["symmetric, with a second term"] = resources("symmetric_kernel", partial(train_gpt.fused_symmetric, x, x, 1.0, 1.0))
     return rows
 
 
