@@ -195,6 +195,9 @@ class Config:
     compute_dtype: str = setting("auto", "dtype of activations; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(True, "torch.compile the model and Muon; off is quicker for short CPU runs")
     compile_autotune: bool = setting(False, "COMPILE=1: time several kernels for every product, with what follows it, and take the fastest; minutes more")
+    gradient_buckets: int = setting(
+        1, "groups of layers; gradients of the later ones travel between ranks while backward is at the earlier ones. COMPILE=1: a graph for each", low=1
+    )
     mlp_post_only: bool = setting(False, "squared relu: keep only its result for backward, the sign of its argument in the last bit")
     fp8: str = setting("", "forward products of training in float8 e4m3: some of head,mlp; empty = none. The artifact is scored without", form=parse_fp8)
 
@@ -372,6 +375,10 @@ class Config:
     def value_embed_layer_list(self) -> list[int]:
         """VALUE_EMBED_LAYERS as a list."""
         return parse_layers(self.value_embed_layers)
+
+    def bucket(self, layer: int) -> int:
+        """Returns which of GRADIENT_BUCKETS the gradients of a layer travel with; they have it in ascending order."""
+        return layer * self.gradient_buckets // self.num_layers
 
     @property
     def rotated_dims(self) -> int:
@@ -696,6 +703,7 @@ def model_rules(c: Config) -> Rules:
     yield not (c.swiglu and c.mlp_post_only), "SWIGLU=1 has no squared relu: leave MLP_POST_ONLY at 0"
     yield sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order"
     highest = max(c.value_embed_layer_list, default=0)
+    yield c.gradient_buckets <= c.num_layers, f"GRADIENT_BUCKETS={c.gradient_buckets}: expected at most NUM_LAYERS={c.num_layers}"
     yield highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}"
     widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
     yield widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
@@ -2725,6 +2733,19 @@ def softcap(logits: Tensor, positive: float, negative: float) -> Tensor:
     return bound * torch.tanh(logits / bound)
 
 
+class Stream(NamedTuple):
+    """What a layer finds and leaves."""
+
+    lanes: Lanes
+    x0: Tensor  # the embedding
+    skips: tuple[Tensor, ...]  # from the first half, not used yet
+    latest: dict[int, Tensor]  # what each layer has put out
+
+    def merged(self) -> Tensor:
+        """Returns the mean of the lanes, (B, T, D)."""
+        return (self.lanes[0] + self.lanes[-1]) / 2
+
+
 class GPT(nn.Module):
     """The network: embedding, blocks in the order of the phase with U-Net skips, softcapped head."""
 
@@ -2772,28 +2793,35 @@ class GPT(nn.Module):
         value = None if self.value_embedding is None else self.value_embedding(tokens, phase, self.dtype)
         return Rows(cos, sin, attend, follows_in_document(tokens, c.bos_id).to(self.dtype), value)
 
-    def hidden(self, tokens: Tensor, phase: Phase, adapters: Adapters | None) -> Tensor:
-        """Returns the stream after the last block: tokens (B, T) -> (B, T, D). The first half of the executed layers push, the second half pop."""
-        rows = self.rows(tokens, phase)
+    def begin(self, tokens: Tensor, rows: Rows, phase: Phase) -> Stream:
+        """Returns the stream before the first layer: tokens (B, T)."""
         x0 = self.embedding(tokens, phase, self.dtype)
         for stage in self.stages:
             x0 = stage(x0, tokens, rows, phase)
-        lanes: Lanes = (x0,)
+        return Stream((x0,), x0, (), {})
+
+    def execute(self, stream: Stream, rows: Rows, phase: Phase, adapters: Adapters | None, slots: range) -> Stream:
+        """Returns the stream after the layers that are executed in `slots`. The first half of all slots push, the second half pop."""
+        lanes, x0, skips, latest = stream
         half = len(phase.order) // 2
-        skips: list[Tensor] = []
-        latest: dict[int, Tensor] = {}  # what each layer has put out
-        for slot, layer in enumerate(phase.order):
+        for slot in slots:
+            layer = phase.order[slot]
             block: Any = self.blocks[layer]
             first, *others = block.enter(lanes)
             if half <= slot < 2 * half:
-                first = self.skip(first, skips.pop(), slot - half)
+                first, skips = self.skip(first, skips[-1], slot - half), skips[:-1]
             first = self.dynamic_skips[layer](first, x0, latest)
             first = self.loop_embedding(first, phase.order[:slot].count(layer))
             lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
-            latest[layer] = lanes[0]
+            latest = {**latest, layer: lanes[0]}
             if slot < half:
-                skips.append(lanes[0])
-        return (lanes[0] + lanes[-1]) / 2
+                skips = (*skips, lanes[0])
+        return Stream(lanes, x0, skips, latest)
+
+    def hidden(self, tokens: Tensor, phase: Phase, adapters: Adapters | None) -> Tensor:
+        """Returns the stream after the last block: tokens (B, T) -> (B, T, D)."""
+        rows = self.rows(tokens, phase)
+        return self.execute(self.begin(tokens, rows, phase), rows, phase, adapters, range(len(phase.order))).merged()
 
     def logits(self, tokens: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns softcapped logits: tokens (B, T) -> (B, T, V), at least float32."""
@@ -2804,13 +2832,17 @@ class GPT(nn.Module):
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return softcap(raw, *self.config.softcaps)
 
+    def training_loss(self, hidden: Tensor, targets: Tensor, phase: Phase) -> Tensor:
+        """Returns the loss of every target (B, T) in nats, from the stream after the last block (B, T, D). The logits' gradient is made with the loss."""
+        x = self.head.thin(rms_norm(hidden), phase).flatten(0, 1)
+        matrix, fp8 = self.head.table.stored(phase).to(x.dtype), self.head.product is float8_linear
+        kernel = fused_cross_entropy if "cross_entropy" in self.kernels.names else cross_entropy
+        return HeadLoss.apply(x, matrix, targets.flatten(), self.config.softcaps, kernel, fp8).view_as(targets)
+
     def forward(self, tokens: Tensor, targets: Tensor, phase: Phase, adapters: Adapters | None = None) -> Tensor:
         """Returns the loss of every target in nats: tokens and targets (B, T) -> (B, T); of K targets at each position, (B, T, K) -> (B, T, K)."""
-        if torch.is_grad_enabled() and not adapters and targets.dim() == 2:  # training: the logits' gradient is made with the loss
-            x = self.head.thin(rms_norm(self.hidden(tokens, phase, None)), phase).flatten(0, 1)
-            matrix, fp8 = self.head.table.stored(phase).to(x.dtype), self.head.product is float8_linear
-            kernel = fused_cross_entropy if "cross_entropy" in self.kernels.names else cross_entropy
-            return HeadLoss.apply(x, matrix, targets.flatten(), self.config.softcaps, kernel, fp8).view_as(targets)
+        if torch.is_grad_enabled() and not adapters and targets.dim() == 2:  # training
+            return self.training_loss(self.hidden(tokens, phase, None), targets, phase)
         logits = self.logits(tokens, phase, adapters)
         if targets.dim() == 3:  # the target and its hint, or, in an audit, every token
             return logits.logsumexp(dim=-1, keepdim=True) - logits.gather(2, targets)
@@ -2891,7 +2923,7 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
     if not config.compile:
         return function
     # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
-    torch._dynamo.config.recompile_limit = max(64, 2 * len(Schedule(config).phases()) + 16)
+    torch._dynamo.config.recompile_limit = max(64, (1 + config.gradient_buckets) * len(Schedule(config).phases()) + 16)
     return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs" if config.compile_autotune else None)
 
 
@@ -3077,19 +3109,40 @@ class Optimizer:
         parameters = dict(model.named_parameters())
         for name, role in roles.items():
             kind, *rates = rules[role][:3]
-            members.setdefault((kind, *rates, parameters[name].shape if kind == "muon" else ()), []).append(name)
+            bucket = config.bucket(int(name.split(".")[1])) if name.startswith("blocks.") else 0
+            members.setdefault((-bucket, kind, *rates, parameters[name].shape) if kind == "muon" else (0, kind, *rates), []).append(name)
         product = fast_symmetric if "symmetric" in model.kernels.names else symmetric
         kinds: dict[str, Callable[..., MuonGroup | AdamGroup]] = {"muon": partial(MuonGroup, product=product), "adam": AdamGroup}
         self.groups = [
-            kinds[kind](names, [parameters[name] for name in names], rules[roles[names[0]]], config, world) for (kind, *_), names in members.items()
+            kinds[kind](names, [parameters[name] for name in names], rules[roles[names[0]]], config, world)
+            for (_, kind, *_), names in sorted(members.items(), key=lambda item: item[0][0])  # in the order in which backward completes them
         ]
+        self.transfers: list[Callable[[], Tensor]] = []  # of the first groups, those that have started
+        self.awaited: set[Tensor] = set()  # parameters whose gradients are not complete, in the last backward of a step
+        if config.gradient_buckets > 1:
+            for parameter in parameters.values():
+                parameter.register_post_accumulate_grad_hook(self.arrived)
         self.square_sums, self.move = compiled(square_sums, config), compiled(move, config)
         optimised = [name for group in self.groups for name in group.names]
         assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"
 
+    def expect(self) -> None:
+        """Says that the next backward is the last one of a step: what it completes may travel."""
+        self.awaited = {parameter for group in self.groups for parameter in group.parameters}
+
+    def arrived(self, parameter: Tensor) -> None:
+        """Is called when backward has completed the gradient of `parameter`: starts the transfers of complete groups, in the same order on every rank."""
+        if parameter not in self.awaited:
+            return
+        self.awaited.remove(parameter)
+        for group in self.groups[len(self.transfers) :]:
+            if not self.awaited.isdisjoint(group.parameters):
+                break
+            self.transfers.append(group.reduce())
+
     def step(self, loss: Tensor, knobs: Knobs) -> StepStats:
         """Applies the gradients left by backward, already scaled to sum to the average over the batch. `loss` is this rank's part of the loss."""
-        transfers = [group.reduce() for group in self.groups]
+        transfers, self.transfers = self.transfers + [group.reduce() for group in self.groups[len(self.transfers) :]], []
         gradients = [arrived() for arrived in transfers]
         # A Muon group holds a share of the gradient, an Adam group all of it. That sum is averaged, for ranks that round it differently must not clip so.
         squares = self.square_sums(gradients)
@@ -3860,12 +3913,47 @@ def rows_per_forward(config: Config, phase: Phase, ranks: int) -> int:
     return next(count for count in range(most, 0, -1) if share % count == 0)
 
 
+def training_forward(model: GPT, config: Config) -> Callable[..., Tensor]:
+    """Returns the forward of `model`, compiled if COMPILE says so; with GRADIENT_BUCKETS a graph for the layers of each.
+
+    Backward hands over the gradients of a graph when it has left the graph.
+    """
+    whole = compiled(model, config)
+    if not config.compile or config.gradient_buckets == 1:
+        return whole
+
+    def execute(stream: Stream | None, tokens: Tensor, targets: Tensor, phase: Phase, slots: range) -> Stream | Tensor:
+        rows = model.rows(tokens, phase)
+        stream = model.execute(stream or model.begin(tokens, rows, phase), rows, phase, None, slots)
+        return model.training_loss(stream.merged(), targets, phase) if slots.stop == len(phase.order) else stream
+
+    piece = compiled(execute, config)
+
+    def forward(tokens: Tensor, targets: Tensor, phase: Phase) -> Tensor:
+        if not torch.is_grad_enabled():
+            return whole(tokens, targets, phase)
+        result: Any = None
+        for slots in bucket_slots(config, phase):
+            result = piece(result, tokens, targets, phase, slots)
+        return result
+
+    return forward
+
+
+def bucket_slots(config: Config, phase: Phase) -> list[range]:
+    """Returns the executed layers of a phase in GRADIENT_BUCKETS stretches, each of which ends where the layers of its bucket have run for the last time."""
+    buckets = [config.bucket(layer) for layer in phase.order]
+    ends = [1 + max(slot for slot, bucket in enumerate(buckets) if bucket <= last) for last in range(config.gradient_buckets)]
+    return [range(first, end) for first, end in itertools.pairwise([0, *ends])]
+
+
 def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: TrainLoader, knobs: Knobs) -> StepStats:
     """Returns the statistics of one step over the whole batch. Its result does not depend on how rows are spread over ranks and micro-batches."""
     world, phase = optimizer.world, knobs.phase
     rows = loader.next_rows(phase.batch_tokens // phase.seq_len, phase.seq_len, world)
     loss = torch.zeros((), device=world.device)
-    for share_of_rows in rows.split(rows_per_forward(loader.config, phase, world.size)):
+    parts = rows.split(rows_per_forward(loader.config, phase, world.size))
+    for number, share_of_rows in enumerate(parts, 1):
         if optimizer.kernels.attention.is_ragged:
             phase = replace(phase, row_documents=loader.bounds.of(share_of_rows[:, :-1]))
         part = to_device(share_of_rows, world.device)
@@ -3873,6 +3961,8 @@ def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: 
             torch.manual_seed(loader.config.seed + loader.state["tokens"])
         nats = forward(part[:, :-1], part[:, 1:], phase)
         share = nats.sum() / phase.batch_tokens
+        if number == len(parts):
+            optimizer.expect()
         share.backward()
         loss += share.detach()
     return optimizer.step(loss, knobs)
@@ -3947,7 +4037,7 @@ class Trainer:
     def __init__(self, run: Run, model: GPT, loader: TrainLoader, validate: Callable[[Callable[..., Tensor], Phase], Score]) -> None:
         """`validate` scores the model it is given on the whole validation split, in the phase that it is given."""
         self.run = run
-        self.forward = compiled(model, run.config)
+        self.forward = training_forward(model, run.config)
         self.state = TrainingState(model, Optimizer(model, run.config, run.world), Averages(model, run.config), loader)
         self.schedule = Schedule(run.config)
         self.reserve_seconds = 0.0  # of MAX_WALLCLOCK_SECONDS, for the statistics that the export needs

@@ -361,6 +361,7 @@ BROKEN_RULES = {
     "RESUME=1": "say which run to continue with RUN_ID=name",
     "RUN_ID=a/b": "RUN_ID=a/b: expected a plain folder name",
     "RUN_ID=..": "RUN_ID=..: expected a plain folder name",
+    "GRADIENT_BUCKETS=10": "GRADIENT_BUCKETS=10: expected at most NUM_LAYERS=9",
     "MODEL_DIM=516": "NUM_HEADS=8 must divide MODEL_DIM=516",
     "NUM_KV_HEADS=3": "NUM_KV_HEADS=3 must divide NUM_HEADS=8",
     "NUM_KV_HEADS=16": "NUM_KV_HEADS=16 must divide NUM_HEADS=8",

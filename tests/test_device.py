@@ -129,7 +129,7 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> T
 
 
 STEPS = {
-    "starter": RUNS["starter"], "default": {"PRESET": "default", "NUM_LAYERS": 4}, "recurrent": RUNS["recurrent"],
+    "starter": RUNS["starter"], "default": {"PRESET": "default", "NUM_LAYERS": 4, "GRADIENT_BUCKETS": 2}, "recurrent": RUNS["recurrent"],
     "gptq_lite": {"PRESET": "gptq_lite", "NUM_LAYERS": 4}, "noise": {**RUNS["adaptive"], "QAT_START_FRAC": 0.2},
 }  # fmt: skip
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_goes_on_on_the_device(run_here: RunHere, tmp_path: Path, 
 
 
 def test_two_ranks_send_by_nccl_what_is_on_the_device_and_by_gloo_what_is_not(launch: Callable[..., forked.Ranks], run_here: RunHere, tmp_path: Path) -> None:
-    settings = {**GPU, **RUNS["gptq"], "AUDIT": 0}
+    settings = {**GPU, **RUNS["gptq"], "AUDIT": 0, "GRADIENT_BUCKETS": 2}
     outcome = launch(tmp_path, ranks=2, script=ROOT / "tests" / "simulated_gpu.py", **settings, RUN_ID="two").finish(120)
     assert outcome.codes == [0, 0], outcome.output
     with simulated_gpu.simulate():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from conftest import lively_model, small_config, tiny_arguments
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
@@ -659,6 +663,111 @@ def test_micro_batches_do_not_change_the_step(tiny: Callable[..., Config]) -> No
         torch.testing.assert_close(results[micro_batch_tokens], results[256], rtol=0, atol=1e-12)
 
 
+# Gradients that travel during backward
+
+
+@pytest.mark.parametrize(
+    ("layers", "order", "buckets", "expected"),
+    [
+        (4, (0, 1, 2, 3), 2, [(0, 2), (2, 4)]),
+        (4, (0, 1, 2, 3), 3, [(0, 2), (2, 3), (3, 4)]),
+        (4, (0, 1, 2, 1, 2, 3), 2, [(0, 4), (4, 6)]),  # layer 1 runs twice, and layer 2, of the other bucket, in between
+        (4, (0, 1, 2, 1, 2, 3), 4, [(0, 1), (1, 4), (4, 5), (5, 6)]),
+        (5, (0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 4), 2, [(0, 9), (9, 11)]),
+    ],
+)
+def test_a_stretch_ends_where_the_layers_of_its_bucket_have_run_for_the_last_time(
+    layers: int, order: tuple[int, ...], buckets: int, expected: list[tuple[int, int]]
+) -> None:
+    config = small_config(num_layers=layers, gradient_buckets=buckets)
+    assert train_gpt.bucket_slots(config, Phase(order, 16)) == [range(first, end) for first, end in expected]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [64, 256])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_late_layers_travel_before_those_of_early_layers_are_there(
+    compiled: bool, micro_batch_tokens: int, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last backward of a step, and compiled graph by graph."""
+    torch._dynamo.reset()
+    training = start(tiny(GRADIENT_BUCKETS=3, MICRO_BATCH_TOKENS=micro_batch_tokens))
+    events: list[str] = []
+    for kind in (MuonGroup, AdamGroup):
+        reduce = kind.reduce
+        monkeypatch.setattr(kind, "reduce", lambda self, reduce=reduce: (events.append(f"travel {self.names[0]}"), reduce(self))[1])
+    for name, parameter in training.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(f"arrive {name}"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    forward = train_gpt.training_forward(training.model, replace(training.config, compile=compiled))
+    train_gpt.training_step(forward, training.optimizer, training.loader, Knobs(Schedule(training.config).phase(0.0), 0.7, 0.9, 1.0))
+    backwards, last = divmod(events.index("travel blocks.2.attention.q.weight"), len(list(training.model.parameters())))
+    assert backwards == 256 // micro_batch_tokens - 1 and last > 0
+    for early, late in itertools.pairwise(range(3)):
+        travelled = [at for at, event in enumerate(events) if event.startswith(f"travel blocks.{late}.") and "weight" in event]
+        arrived = [at for at, event in enumerate(events) if event.startswith(f"arrive blocks.{early}.attention.q.weight")]
+        assert len(travelled) == 4 and max(travelled) < arrived[-1], (late, events)
+    assert training.optimizer.transfers == [] and not training.optimizer.awaited
+
+
+def test_transfers_start_in_one_order_whatever_arrives_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(num_layers=4, gradient_buckets=2)
+    model, optimizer = make(config)
+    leave_gradients(model)
+    optimizer.expect()
+    for parameter in optimizer.groups[1].parameters:
+        optimizer.arrived(parameter)
+    assert optimizer.transfers == []
+    *most, last = optimizer.groups[0].parameters
+    for parameter in most:
+        optimizer.arrived(parameter)
+    assert optimizer.transfers == []
+    optimizer.arrived(last)
+    assert len(optimizer.transfers) == 2
+    assert all(parameter.grad is None for group in optimizer.groups[:2] for parameter in group.parameters)
+    assert all(parameter.grad is not None for group in optimizer.groups[2:] for parameter in group.parameters)
+
+
+def test_the_order_of_transfers_is_that_in_which_backward_completes_groups() -> None:
+    config = small_config(num_layers=4, gradient_buckets=4)
+    _, optimizer = make(config)
+    layers = [[int(name.split(".")[1]) if name.startswith("blocks.") else -1 for name in group.names] for group in optimizer.groups]
+    matrices = [number for group, number in zip(optimizer.groups, layers, strict=True) if isinstance(group, MuonGroup) and max(number) > 0]
+    assert matrices == sorted(matrices, reverse=True) and all(len(set(number)) == 1 for number in matrices)
+    assert all(isinstance(group, MuonGroup) for group in optimizer.groups[: len(matrices)])
+
+
+@pytest.mark.parametrize("buckets", [2, 3])
+def test_a_graph_for_each_bucket_computes_what_one_graph_does(buckets: int) -> None:
+    """Over loops, lanes, skips, dynamic skips and a value embedding; scored without gradients it is one graph."""
+    torch._dynamo.reset()
+    config = small_config(
+        num_layers=4, num_loops=1, loop_start=1, loop_end=2, enable_looping_at=0.5, skip_connections="gated", dynamic_skip_last_n=2, value_embed_layers="2,3",
+        parallel_residuals="lanes", parallel_start_layer=3, use_smeargate=True, compile=True, gradient_buckets=buckets,
+    )  # fmt: skip
+    model, graphs = lively_model(config), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    rows = torch.randint(config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        forward = train_gpt.training_forward(model, config)
+    for number, phase in enumerate(Schedule(config).phases(), 1):
+        outcomes = []
+        for run in (model, forward):
+            model.zero_grad()
+            losses = run(rows[:, :-1], rows[:, 1:], phase)
+            losses.sum().backward()
+            outcomes.append((losses.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=1e-12)
+        assert len(graphs) == number * buckets
+    with torch.no_grad():
+        assert torch.equal(forward(rows[:, :-1], rows[:, 1:], phase), model(rows[:, :-1], rows[:, 1:], phase))
+    assert len(graphs) == number * buckets + 1
+
+
 # Norms of the averaged gradient, as multiples of GRAD_CLIP_NORM.
 CLIP_CASES = (0.5, 2.0)
 
@@ -671,6 +780,9 @@ def rank_checks(rank: int, port: int, folder: Path, arguments: list[str]) -> Non
     config = train_gpt.parse_config(arguments, {})
     training = start(config, world)
     outcome: dict[str, Any] = {"stats": training.train(3), "trained": training.state.save()}
+    overlapped = start(replace(config, gradient_buckets=3), world)
+    overlapped.train(3)
+    outcome["overlapped"] = overlapped.state.save()
 
     continued = start(config, world)
     continued.state.load(torch.load(folder / "alone.pt"))
@@ -736,8 +848,13 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: TwoRanks) -> None:
 
 
 def test_ranks_are_equal_bit_for_bit(two_ranks: TwoRanks) -> None:
-    for stage in ("trained", "continued"):
+    for stage in ("trained", "overlapped", "continued"):
         torch.testing.assert_close(two_ranks.ranks[0][stage], two_ranks.ranks[1][stage], rtol=0, atol=0)
+
+
+def test_gradients_that_travel_during_backward_take_the_same_steps(two_ranks: TwoRanks) -> None:
+    for rank in two_ranks.ranks:
+        torch.testing.assert_close(rank["overlapped"], two_ranks.alone["trained"], rtol=0, atol=1e-12)
 
 
 def test_loss_and_norm_are_those_of_the_whole_batch_on_every_rank(two_ranks: TwoRanks) -> None:

@@ -92,7 +92,7 @@ def our_step(config: train_gpt.Config, phase: train_gpt.Phase, kernels: train_gp
     model = train_gpt.GPT(config, train_gpt.compute_dtype(config, world.device), kernels).to(world.device)
     model.init_weights()
     optimizer, loader = train_gpt.Optimizer(model, config, world), Rows(config)
-    averages, forward = train_gpt.Averages(model, config), train_gpt.compiled(model, config)
+    averages, forward = train_gpt.Averages(model, config), train_gpt.training_forward(model, config)
     knobs = train_gpt.Knobs(phase, 0.01, config.muon_momentum, 1.0)
     steps = itertools.count(1)
 
