@@ -451,7 +451,7 @@ RECORD_2014 = {
 # That record's network and schedule with the quantiser, optimiser and evaluation that our own paired runs prefer.
 LOOPED = {
     **RECORD_2014, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
-    "normuon_beta2": 0.95, "muon_row_normalize": False, "tilt_orders": "1,2,4,8,16",
+    "normuon_beta2": 0.95, "muon_row_normalize": False, "ema_every": 5, "tilt_orders": "1,2,4,8,16",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -518,14 +518,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data_path": "data/datasets/shakespeare_sp1024", "tokenizer_path": "data/datasets/shakespeare_sp1024/tokenizer.model",
         "num_layers": 4, "model_dim": 128, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "leaky_relu_slope": 0.5, "compile": False,
-        "xsa_last_n": 4, "attention_gate_window": 12, "ln_scale": True, "rope_dims": 16, "skip_connections": "gated",
+        "xsa_last_n": 4, "attention_gate_window": 12, "ln_scale": True, "skip_connections": "gated",
         "num_loops": 1, "loop_start": 1, "loop_end": 1, "enable_looping_at": 0.5, "loop_embedding": True,
         "parallel_residuals": "lanes", "parallel_start_layer": 3, "use_smeargate": True, "smeargate_kind": "add", "input_stages": "bigram,norm,smear",
         "bigram_hash_buckets": 2048, "bigram_hash_dim": 64, "bigram_hash_scale": 0.05, "value_embed_layers": "2,3", "value_embed_dim": 64,
         "train_seq_len": 128, "train_seq_schedule": "64@0.2,128@1", "train_batch_tokens": 2048, "micro_batch_tokens": 2048, "val_batch_size": 16384,
         "iterations": 680, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "warmdown_iters": 0, "warmdown_frac": 0.9, "tied_embed_lr": 0.03,
         "muon_momentum_warmup_steps": 100, "muon_row_normalize": True, "normuon_beta2": 0.95, "muon_weight_decay": 0.1, "embed_weight_decay": 0.1,
-        "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "grad_clip_norm": 1.0,
+        "cautious_weight_decay": True, "weight_decay_taper_frac": 0.7, "lr_floor_frac": 0.05, "ema_decay": 0.98, "ema_every": 5, "grad_clip_norm": 1.0,
         "checkpoint_every": 100, "val_loss_every": 340, "train_log_every": 50,
         "calibration_tokens": 32768, "bytes_cap": 500_000,
         "final_eval": "ttt_lora", "ttt_lora_rank": 16, "ttt_lora_alpha": 72.0, "ttt_lora_lr": 0.001, "ttt_lora_chunk_tokens": 64,

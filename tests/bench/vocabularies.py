@@ -56,6 +56,7 @@ def measure(model: Path, train: Path, val: Path, megabytes: float, val_megabytes
             "PRESET=demo", f"DATA_PATH={data}", f"TOKENIZER_PATH={data / 'tokenizer.model'}",
             f"VOCAB_SIZE={processor.vocab_size()}", f"BOS_ID={processor.bos_id()}",
             f"ITERATIONS={tokens // BATCH_TOKENS}", "MAX_WALLCLOCK_SECONDS=0", "TRAIN_SEQ_SCHEDULE=", "FINAL_EVAL=chunked", "VAL_LOSS_EVERY=0",
+            "ROPE_DIMS=16", "EMA_EVERY=1",  # as in the rows that are kept
             "CHECKPOINT_EVERY=0", f"RUNS_DIR={place}", "RUN_ID=run", *settings,
         ]  # fmt: skip
         subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *arguments], check=True)
