@@ -2923,7 +2923,7 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
     if not config.compile:
         return function
     # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
-    torch._dynamo.config.recompile_limit = max(64, (1 + config.gradient_buckets) * len(Schedule(config).phases()) + 16)
+    torch._dynamo.config.recompile_limit = max(64, (1 + config.gradient_buckets) * (len(Schedule(config).phases()) + 16))
     return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs" if config.compile_autotune else None)
 
 
@@ -2981,7 +2981,6 @@ class MuonGroup:
         self.state = {"momentum": like.new_zeros(self.share, *like.shape)}
         if config.normuon_beta2:
             self.state["row_squares"] = like.new_zeros(self.share, like.shape[0], 1)
-        self.update = compiled(self.eager_update, config)
 
     def reduce(self) -> Callable[[], Tensor]:
         """Starts the transfer of gradients; returns what waits for those of this rank's share, summed over ranks, (share, rows, columns)."""
@@ -2989,7 +2988,11 @@ class MuonGroup:
         padding = [torch.zeros_like(gradients[0])] * (self.share * self.world.size - len(gradients))
         return self.world.start_scatter_sum(torch.stack(gradients + padding)).wait
 
-    def eager_update(self, gradient: Tensor, ok: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
+    def numbers(self, knobs: Knobs) -> list[Tensor]:
+        """Returns what else `update` takes in this step."""
+        return [self.state["momentum"].new_full((), knobs.momentum)]
+
+    def update(self, gradient: Tensor, ok: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
         """Takes the gradient (n, rows, columns), as `clean` makes it, into the state; returns the update. `momentum` is a number, ()."""
         gradient, average = clean(gradient, ok, clip), self.state["momentum"]
         average.mul_(momentum).add_(gradient)
@@ -3014,12 +3017,12 @@ class MuonGroup:
         scaled = update / (squares.sqrt() + 1e-8)
         return scaled * (update.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp_min(1e-8))
 
-    def step(self, gradient: Tensor, ok: Tensor, clip: Tensor, knobs: Knobs) -> Callable[[], Move]:
-        """Starts the transfer of updates; returns what waits for them."""
-        transfer = self.world.start_gather(self.update(gradient, ok, clip, gradient.new_full((), knobs.momentum)))
+    def send(self, update: Tensor, ok: Tensor, knobs: Knobs) -> Callable[[], Move]:
+        """Starts the transfer of the update; returns what waits for those of all ranks."""
+        transfer = self.world.start_gather(update)
 
         def finish() -> Move:
-            updates = transfer.wait()[: len(self.parameters)].to(gradient.dtype).unbind()
+            updates = transfer.wait()[: len(self.parameters)].to(self.state["momentum"].dtype).unbind()
             return move_of(self.parameters, list(updates), self.rule, knobs, ok, self.config)
 
         return finish
@@ -3045,13 +3048,17 @@ class AdamGroup:
         self.names, self.parameters, self.rule, self.config, self.world = names, parameters, rule, config, world
         like, count = parameters[0].data, sum(parameter.numel() for parameter in parameters)
         self.state = {"first": like.new_zeros(count), "second": like.new_zeros(count), "steps": torch.zeros((), dtype=torch.float64)}
-        self.update = compiled(self.eager_update, config)
 
     def reduce(self) -> Callable[[], Tensor]:
         """Starts the one transfer of all gradients; returns what waits for them, summed over ranks."""
         return self.world.start_sum(torch.cat([gradient.flatten() for gradient in take_gradients(self.names, self.parameters)])).wait
 
-    def eager_update(self, gradient: Tensor, ok: Tensor, clip: Tensor, first_share: Tensor, second_share: Tensor) -> Tensor:
+    def numbers(self, knobs: Knobs) -> list[Tensor]:
+        """Counts the step; returns what else `update` takes in it."""
+        steps = float(self.state["steps"].add_(1))
+        return [self.state["first"].new_full((), 1 - beta**steps) for beta in (self.config.beta1, self.config.beta2)]
+
+    def update(self, gradient: Tensor, ok: Tensor, clip: Tensor, first_share: Tensor, second_share: Tensor) -> Tensor:
         """Takes the gradient, as `clean` makes it, into the moments; returns the update.
 
         The shares, (), say how much of the true moments the running ones have so far.
@@ -3062,12 +3069,9 @@ class AdamGroup:
         second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
         return first / first_share / (second.sqrt() / second_share.sqrt() + c.adam_eps)
 
-    def step(self, gradient: Tensor, ok: Tensor, clip: Tensor, knobs: Knobs) -> Callable[[], Move]:
+    def send(self, update: Tensor, ok: Tensor, knobs: Knobs) -> Callable[[], Move]:
         """Returns what says how the weights move."""
-        c, steps = self.config, self.state["steps"].add_(1)
-        shares = [gradient.new_full((), 1 - beta ** float(steps)) for beta in (c.beta1, c.beta2)]
-        updates = self.by_parameter(self.update(gradient, ok, clip, *shares))
-        return lambda: move_of(self.parameters, updates, self.rule, knobs, ok, c)
+        return lambda: move_of(self.parameters, self.by_parameter(update), self.rule, knobs, ok, self.config)
 
     def by_parameter(self, flat: Tensor) -> list[Tensor]:
         """Returns the pieces of what is laid end to end, in the parameters' shapes."""
@@ -3085,6 +3089,11 @@ class AdamGroup:
             for name, piece in zip(self.names, self.by_parameter(self.state[key]), strict=True):
                 piece.copy_(saved[name][key])
         self.state["steps"].copy_(saved[self.names[0]]["steps"])
+
+
+def update_groups(groups: Sequence[MuonGroup | AdamGroup], gradients: Sequence[Tensor], ok: Tensor, clip: Tensor, numbers: list[list[Tensor]]) -> list[Tensor]:
+    """Returns the update of every group."""
+    return [group.update(gradient, ok, clip, *own) for group, gradient, own in zip(groups, gradients, numbers, strict=True)]
 
 
 def square_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -3122,7 +3131,7 @@ class Optimizer:
         if config.gradient_buckets > 1:
             for parameter in parameters.values():
                 parameter.register_post_accumulate_grad_hook(self.arrived)
-        self.square_sums, self.move = compiled(square_sums, config), compiled(move, config)
+        self.square_sums, self.update, self.move = (compiled(function, config) for function in (square_sums, update_groups, move))
         optimised = [name for group in self.groups for name in group.names]
         assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"
 
@@ -3155,8 +3164,13 @@ class Optimizer:
         ok = (stats.loss.isfinite() & stats.grad_norm.isfinite()).to(loss.dtype)
         limit = self.config.grad_clip_norm or math.inf
         clip = (limit / stats.grad_norm).nan_to_num(1.0).clamp_max(1.0)
-        # Updates of one group travel while the next is worked on.
-        finishes = [group.step(gradient, ok, clip, knobs) for group, gradient in zip(self.groups, gradients, strict=True)]
+        # Updates of one group travel while the next is worked on; where none travel, one call for all has the least overhead.
+        together = len(self.groups) if self.world.size == 1 else 1
+        finishes: list[Callable[[], Move]] = []
+        for first in range(0, len(self.groups), together):
+            groups = self.groups[first : first + together]
+            updates = self.update(groups, gradients[first : first + together], ok, clip, [group.numbers(knobs) for group in groups])
+            finishes += [group.send(update, ok, knobs) for group, update in zip(groups, updates, strict=True)]
         self.move([finish() for finish in finishes])
         return stats
 

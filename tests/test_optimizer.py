@@ -265,7 +265,8 @@ def group_of(kind: type, shapes: list[tuple[int, ...]], rule: RoleRule, **settin
 def apply_gradients(group: MuonGroup | AdamGroup, gradients: list[Tensor], step_knobs: Knobs) -> None:
     for parameter, gradient in zip(group.parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    train_gpt.move([group.step(group.reduce()(), OK, OK, step_knobs)()])
+    (update,) = train_gpt.update_groups([group], [group.reduce()()], OK, OK, [group.numbers(step_knobs)])
+    train_gpt.move([group.send(update, OK, step_knobs)()])
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
