@@ -2739,7 +2739,7 @@ class Stream(NamedTuple):
     lanes: Lanes
     x0: Tensor  # the embedding
     skips: tuple[Tensor, ...]  # from the first half, not used yet
-    latest: dict[int, Tensor]  # what each layer has put out
+    latest: dict[int, Tensor]  # what each layer has put out, where a dynamic skip may read it
 
     def merged(self) -> Tensor:
         """Returns the mean of the lanes, (B, T, D)."""
@@ -2813,7 +2813,7 @@ class GPT(nn.Module):
             first = self.dynamic_skips[layer](first, x0, latest)
             first = self.loop_embedding(first, phase.order[:slot].count(layer))
             lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
-            latest = {**latest, layer: lanes[0]}
+            latest = {**latest, layer: lanes[0]} if self.config.dynamic_skip_last_n else latest
             if slot < half:
                 skips = (*skips, lanes[0])
         return Stream(lanes, x0, skips, latest)
