@@ -377,7 +377,7 @@ class Config:
         return parse_layers(self.value_embed_layers)
 
     def bucket(self, layer: int) -> int:
-        """Returns which of GRADIENT_BUCKETS the gradients of a layer travel with; they have it in ascending order."""
+        """Returns which of GRADIENT_BUCKETS the gradients of a layer travel with: 0 for the first layers, never less for a later one."""
         return layer * self.gradient_buckets // self.num_layers
 
     @property
@@ -2808,13 +2808,13 @@ class GPT(nn.Module):
             layer = phase.order[slot]
             block: Any = self.blocks[layer]
             first, *others = block.enter(lanes)
-            if half <= slot < 2 * half:
+            if skips and slot >= half:
                 first, skips = self.skip(first, skips[-1], slot - half), skips[:-1]
             first = self.dynamic_skips[layer](first, x0, latest)
             first = self.loop_embedding(first, phase.order[:slot].count(layer))
             lanes = block((first, *others), x0, rows, phase, adapters[slot] if adapters else None)
             latest = {**latest, layer: lanes[0]} if self.config.dynamic_skip_last_n else latest
-            if slot < half:
+            if slot < half and self.config.skip_connections != "none":
                 skips = (*skips, lanes[0])
         return Stream(lanes, x0, skips, latest)
 
@@ -2922,7 +2922,8 @@ def compiled(function: Callable[..., Any], config: Config) -> Callable[..., Any]
     """Returns `function`, compiled if COMPILE says so: one graph for every combination of shapes and phase that it meets."""
     if not config.compile:
         return function
-    # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains and is scored, and Muon meets every shape of matrix.
+    # Beyond the limit (8 by default) the compiler would give up on a run; every phase trains, in as many graphs as there are buckets, and is scored,
+    # and Muon meets every shape of matrix.
     torch._dynamo.config.recompile_limit = max(64, (1 + config.gradient_buckets) * (len(Schedule(config).phases()) + 16))
     return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs" if config.compile_autotune else None)
 
@@ -3128,21 +3129,19 @@ class Optimizer:
         ]
         self.transfers: list[Callable[[], Tensor]] = []  # of the first groups, those that have started
         self.awaited: set[Tensor] = set()  # parameters whose gradients are not complete, in the last backward of a step
-        if config.gradient_buckets > 1:
-            for parameter in parameters.values():
-                parameter.register_post_accumulate_grad_hook(self.arrived)
+        self.hooks: list[Any] = []  # on parameters, during that backward
         self.square_sums, self.update, self.move = (compiled(function, config) for function in (square_sums, update_groups, move))
         optimised = [name for group in self.groups for name in group.names]
         assert sorted(optimised) == sorted(parameters), "every parameter has exactly one optimiser"
 
     def expect(self) -> None:
         """Says that the next backward is the last one of a step: what it completes may travel."""
-        self.awaited = {parameter for group in self.groups for parameter in group.parameters}
+        if self.config.gradient_buckets > 1:
+            self.awaited = {parameter for group in self.groups for parameter in group.parameters}
+            self.hooks = [parameter.register_post_accumulate_grad_hook(self.arrived) for parameter in self.awaited]
 
     def arrived(self, parameter: Tensor) -> None:
         """Is called when backward has completed the gradient of `parameter`: starts the transfers of complete groups, in the same order on every rank."""
-        if parameter not in self.awaited:
-            return
         self.awaited.remove(parameter)
         for group in self.groups[len(self.transfers) :]:
             if not self.awaited.isdisjoint(group.parameters):
@@ -3151,6 +3150,9 @@ class Optimizer:
 
     def step(self, loss: Tensor, knobs: Knobs) -> StepStats:
         """Applies the gradients left by backward, already scaled to sum to the average over the batch. `loss` is this rank's part of the loss."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
         transfers, self.transfers = self.transfers + [group.reduce() for group in self.groups[len(self.transfers) :]], []
         gradients = [arrived() for arrived in transfers]
         # A Muon group holds a share of the gradient, an Adam group all of it. That sum is averaged, for ranks that round it differently must not clip so.
@@ -3936,29 +3938,32 @@ def training_forward(model: GPT, config: Config) -> Callable[..., Tensor]:
     if not config.compile or config.gradient_buckets == 1:
         return whole
 
-    def execute(stream: Stream | None, tokens: Tensor, targets: Tensor, phase: Phase, slots: range) -> Stream | Tensor:
+    def stretch(stream: Stream | None, tokens: Tensor, targets: Tensor, phase: Phase, slots: range) -> Stream | Tensor:
         rows = model.rows(tokens, phase)
         stream = model.execute(stream or model.begin(tokens, rows, phase), rows, phase, None, slots)
         return model.training_loss(stream.merged(), targets, phase) if slots.stop == len(phase.order) else stream
 
-    piece = compiled(execute, config)
+    run = compiled(stretch, config)
 
     def forward(tokens: Tensor, targets: Tensor, phase: Phase) -> Tensor:
         if not torch.is_grad_enabled():
             return whole(tokens, targets, phase)
         result: Any = None
         for slots in bucket_slots(config, phase):
-            result = piece(result, tokens, targets, phase, slots)
+            result = run(result, tokens, targets, phase, slots)
         return result
 
     return forward
 
 
 def bucket_slots(config: Config, phase: Phase) -> list[range]:
-    """Returns the executed layers of a phase in GRADIENT_BUCKETS stretches, each of which ends where the layers of its bucket have run for the last time."""
+    """Returns the executed layers of a phase in GRADIENT_BUCKETS stretches, each of which starts where a layer of its bucket runs for the first time.
+
+    When backward has left a stretch it has left all layers of its bucket and of later ones.
+    """
     buckets = [config.bucket(layer) for layer in phase.order]
-    ends = [1 + max(slot for slot, bucket in enumerate(buckets) if bucket <= last) for last in range(config.gradient_buckets)]
-    return [range(first, end) for first, end in itertools.pairwise([0, *ends])]
+    starts = [buckets.index(bucket) for bucket in range(config.gradient_buckets)]
+    return [range(first, end) for first, end in itertools.pairwise([*starts, len(buckets)])]
 
 
 def training_step(forward: Callable[..., Tensor], optimizer: Optimizer, loader: TrainLoader, knobs: Knobs) -> StepStats:
