@@ -97,15 +97,18 @@ def test_orthogonalise_in_bfloat16_stays_near_the_float32_result(product: str) -
         assert (found - expected).norm() / expected.norm() < 0.05
 
 
-def test_one_training_step_equals_the_cpus() -> None:
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_one_training_step_equals_the_cpus(buckets: int) -> None:
+    """Uncompiled; with two buckets compiled in two graphs, whose gradients go to the optimiser during backward."""
     weights = {}
     for device in ("cpu", "cuda"):
         model = model_on(device, "float32")
-        world = train_gpt.World(device)
-        optimizer = train_gpt.Optimizer(model, model.config, world)
+        config = replace(model.config, gradient_buckets=buckets, compile=buckets > 1 and device == "cuda")
+        optimizer, forward = train_gpt.Optimizer(model, config, train_gpt.World(device)), train_gpt.training_forward(model, config)
         batch = rows().to(device)
         knobs = train_gpt.Knobs(train_gpt.Schedule(model.config).scored_phase, 1.0, 0.9, 1.0)
-        loss = model(batch[:, :-1], batch[:, 1:], knobs.phase).mean()
+        loss = forward(batch[:, :-1], batch[:, 1:], knobs.phase).mean()
+        optimizer.expect()
         loss.backward()
         stats = optimizer.step(loss, knobs)
         assert train_gpt.HostCopy(stats).read()[0] > 0
