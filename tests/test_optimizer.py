@@ -627,7 +627,8 @@ class Start(NamedTuple):
     def train(self, steps: int) -> list[tuple[float, float]]:
         """Runs steps; returns (loss, gradient norm) of each."""
         step_knobs = Knobs(Schedule(self.config).phase(0.0), 0.7, 0.9, 1.0)
-        stats = [train_gpt.training_step(self.model, self.optimizer, self.loader, step_knobs) for _ in range(steps)]
+        forward = train_gpt.training_forward(self.model, self.config)
+        stats = [train_gpt.training_step(forward, self.optimizer, self.loader, step_knobs) for _ in range(steps)]
         return [(stat.loss.item(), stat.grad_norm.item()) for stat in stats]
 
 
@@ -686,8 +687,7 @@ def test_a_stretch_starts_where_a_layer_of_its_bucket_runs_for_the_first_time(
     assert train_gpt.bucket_slots(config, Phase(order, 16)) == [range(first, end) for first, end in expected]
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [64, 256])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("compiled", "micro_batch_tokens"), [(False, 64), (False, 256), (True, 64)])
 def test_gradients_of_late_layers_travel_before_those_of_early_layers_are_there(
     compiled: bool, micro_batch_tokens: int, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -743,10 +743,10 @@ def test_the_order_of_transfers_is_that_in_which_backward_completes_groups() -> 
     assert all(isinstance(group, MuonGroup) for group in optimizer.groups[: len(matrices)])
 
 
-@pytest.mark.parametrize("buckets", [2, 3])
-def test_a_graph_for_each_bucket_computes_what_one_graph_does(buckets: int) -> None:
+def test_a_graph_for_each_bucket_computes_what_one_graph_does() -> None:
     """Over loops, lanes, skips, dynamic skips and a value embedding; scored without gradients it is one graph."""
     torch._dynamo.reset()
+    buckets = 3
     config = small_config(
         num_layers=4, num_loops=1, loop_start=1, loop_end=2, enable_looping_at=0.5, skip_connections="gated", dynamic_skip_last_n=2, value_embed_layers="2,3",
         parallel_residuals="lanes", parallel_start_layer=3, use_smeargate=True, compile=True, gradient_buckets=buckets,
@@ -787,9 +787,11 @@ def rank_checks(rank: int, port: int, folder: Path, arguments: list[str]) -> Non
     config = train_gpt.parse_config(arguments, {})
     training = start(config, world)
     outcome: dict[str, Any] = {"stats": training.train(3), "trained": training.state.save()}
-    overlapped = start(replace(config, gradient_buckets=3), world)
-    overlapped.train(3)
-    outcome["overlapped"] = overlapped.state.save()
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    for name, settings in (("overlapped", {"gradient_buckets": 3}), ("in graphs", {"gradient_buckets": 3, "compile": True})):
+        overlapped = start(replace(config, **settings), world)
+        overlapped.train(3)
+        outcome[name] = overlapped.state.save()
 
     continued = start(config, world)
     continued.state.load(torch.load(folder / "alone.pt"))
@@ -855,13 +857,14 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: TwoRanks) -> None:
 
 
 def test_ranks_are_equal_bit_for_bit(two_ranks: TwoRanks) -> None:
-    for stage in ("trained", "overlapped", "continued"):
+    for stage in ("trained", "overlapped", "in graphs", "continued"):
         torch.testing.assert_close(two_ranks.ranks[0][stage], two_ranks.ranks[1][stage], rtol=0, atol=0)
 
 
-def test_gradients_that_travel_during_backward_take_the_same_steps(two_ranks: TwoRanks) -> None:
+@pytest.mark.parametrize("stage", ["overlapped", "in graphs"])
+def test_gradients_that_travel_during_backward_take_the_same_steps(two_ranks: TwoRanks, stage: str) -> None:
     for rank in two_ranks.ranks:
-        torch.testing.assert_close(rank["overlapped"], two_ranks.alone["trained"], rtol=0, atol=1e-12)
+        torch.testing.assert_close(rank[stage], two_ranks.alone["trained"], rtol=0, atol=1e-12)
 
 
 def test_loss_and_norm_are_those_of_the_whole_batch_on_every_rank(two_ranks: TwoRanks) -> None:
