@@ -703,7 +703,6 @@ def model_rules(c: Config) -> Rules:
     yield not (c.swiglu and c.mlp_post_only), "SWIGLU=1 has no squared relu: leave MLP_POST_ONLY at 0"
     yield sorted(c.input_stages.split(",")) == ["bigram", "norm", "smear"], f"INPUT_STAGES={c.input_stages}: expected bigram, norm and smear in some order"
     highest = max(c.value_embed_layer_list, default=0)
-    yield c.gradient_buckets <= c.num_layers, f"GRADIENT_BUCKETS={c.gradient_buckets}: expected at most NUM_LAYERS={c.num_layers}"
     yield highest < c.num_layers, f"VALUE_EMBED_LAYERS={c.value_embed_layers} must name layers below NUM_LAYERS={c.num_layers}"
     widest = max(c.attention_gate_window, c.gate_window if c.use_smeargate else 0)
     yield widest <= c.model_dim, f"ATTENTION_GATE_WINDOW={c.attention_gate_window} and GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}"
@@ -729,6 +728,7 @@ def training_rules(c: Config) -> Rules:
     for phase in Schedule(c).phases():
         divides = not trains or phase.batch_tokens % phase.seq_len == 0
         yield divides, f"TRAIN_BATCH_TOKENS={phase.batch_tokens} must be a multiple of TRAIN_SEQ_LEN={phase.seq_len} wherever their schedules meet"
+    yield c.gradient_buckets <= c.num_layers, f"GRADIENT_BUCKETS={c.gradient_buckets}: expected at most NUM_LAYERS={c.num_layers}"
     holds_a_row = not trains or c.micro_batch_tokens >= c.train_seq_len
     yield holds_a_row, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} must hold one row of TRAIN_SEQ_LEN={c.train_seq_len}"
     yield not (c.warmdown_iters and c.warmdown_frac), "WARMDOWN_ITERS and WARMDOWN_FRAC are two ways to say one thing: set one of them to 0"

@@ -716,7 +716,7 @@ def test_gradients_of_late_layers_travel_before_those_of_early_layers_are_there(
     assert kept() is None, "hooks must not keep the optimiser's state in memory"
 
 
-def test_transfers_start_in_one_order_whatever_arrives_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transfers_start_in_one_order_whatever_arrives_first() -> None:
     config = small_config(num_layers=4, gradient_buckets=2)
     model, optimizer = make(config)
     leave_gradients(model)
