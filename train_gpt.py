@@ -3611,8 +3611,8 @@ def find_step(counts: Tensor, bits: float) -> float:
     return 2**high
 
 
-# At steps finer than for this divergence in nats per token, the loss does not change any more.
-FINEST_DIVERGENCE = 5e-6
+# At steps finer than for this divergence in nats per token, the loss does not change any more; such codes take about so many bits per weight.
+FINEST_DIVERGENCE, FINEST_BITS = 5e-6, 8.0
 
 
 def overhead_bits(model: GPT) -> float:
@@ -5766,7 +5766,6 @@ def audit(run: Run, new_evaluator: Callable[[ValData], Evaluator], val: ValData)
 # Owns the order of a run, the run folder, the budget calculator and the exit codes: 0 done, 1 failed, 2 bad settings, 3 over the cap,
 # 128 + signal stopped.
 
-FINEST_BITS = 8.0  # about what `rate` takes per weight at its finest step
 H100_PEAK_FLOPS = 989e12
 PUBLIC_MFU = 0.28  # share of that peak which the best public script reaches, from its log
 

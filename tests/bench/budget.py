@@ -68,23 +68,26 @@ class Scale(NamedTuple):
 
 BOTH = ("rate", "gptq")
 LOOPED_SMALL = "NUM_LAYERS=3 NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 ENABLE_LOOPING_AT=0.35"
+HALF_LOOPED_SMALL = "NUM_LAYERS=4 NUM_LOOPS=1 LOOP_START=2 LOOP_END=2 ENABLE_LOOPING_AT=0.35"
+SMALL = (
+    "PRESET=demo DEVICE=cpu NUM_LOOPS=0 LOOP_EMBEDDING=0 PARALLEL_RESIDUALS=none BIGRAM_HASH_BUCKETS=0 VALUE_EMBED_LAYERS= TRAIN_SEQ_LEN=256"
+    " TRAIN_SEQ_SCHEDULE= VAL_BATCH_SIZE=16384 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_FRAC=0.7 CHECKPOINT_EVERY=250 VAL_LOSS_EVERY=0"
+    " TRAIN_LOG_EVERY=250 CALIBRATION_TOKENS=65536 FINAL_EVAL=chunked TILT_ORDERS= EMA_EVERY=1"
+)
 SCALES = {
     # Few enough weights for a CPU to show each some 20 tokens, so that bytes bind.
     "cpu": Scale(
-        "PRESET=demo DEVICE=cpu COMPILE=0 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=4 ROPE_DIMS=12 NUM_LOOPS=0 LOOP_EMBEDDING=0"
-        " PARALLEL_RESIDUALS=none BIGRAM_HASH_BUCKETS=0 VALUE_EMBED_LAYERS= TRAIN_SEQ_LEN=256 TRAIN_SEQ_SCHEDULE="
-        " TRAIN_BATCH_TOKENS=2048 MICRO_BATCH_TOKENS=2048 VAL_BATCH_SIZE=16384 MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=0 WARMDOWN_FRAC=0.7 EMA_DECAY=0.99"
-        " CHECKPOINT_EVERY=250 VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=250 CALIBRATION_TOKENS=65536 FINAL_EVAL=chunked TILT_ORDERS= EMA_EVERY=1",
+        f"{SMALL} COMPILE=0 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=4 ROPE_DIMS=12 TRAIN_BATCH_TOKENS=2048 MICRO_BATCH_TOKENS=2048 EMA_DECAY=0.99",
         3000,
         90_000,
         1024,
         {
             "looped": Family(LOOPED_SMALL, BOTH),
             "unique": Family("NUM_LAYERS=5", BOTH),
-            "half looped": Family("NUM_LAYERS=4 NUM_LOOPS=1 LOOP_START=2 LOOP_END=2 ENABLE_LOOPING_AT=0.35"),
+            "half looped": Family(HALF_LOOPED_SMALL),
             "unique, QAT": Family("NUM_LAYERS=5 QAT_START_FRAC=0.85"),
             "unique, longer QAT": Family("NUM_LAYERS=5 QAT_START_FRAC=0.7"),
-            "half looped, QAT": Family("NUM_LAYERS=4 NUM_LOOPS=1 LOOP_START=2 LOOP_END=2 ENABLE_LOOPING_AT=0.35 QAT_START_FRAC=0.85"),
+            "half looped, QAT": Family(f"{HALF_LOOPED_SMALL} QAT_START_FRAC=0.85"),
             "unique, deeper": Family("NUM_LAYERS=7"),
             "unique, wide MLP": Family("NUM_LAYERS=5 MLP_MULT=6"),
             "unique, one KV head": Family("NUM_LAYERS=5 NUM_KV_HEADS=1"),
@@ -94,6 +97,14 @@ SCALES = {
             "unique, 8192 tokens": Family("NUM_LAYERS=5", vocabulary=8192),
             "unique, 16384 tokens": Family("NUM_LAYERS=5", vocabulary=16384),
         },
+    ),
+    # Twice as wide, as many tokens for each weight and bytes for each of the reference's: does the order depend on the width?
+    "cpu_wide": Scale(
+        f"{SMALL} COMPILE=1 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=4 ROPE_DIMS=24 TRAIN_BATCH_TOKENS=4096 MICRO_BATCH_TOKENS=4096 EMA_DECAY=0.995",
+        5000,
+        300_000,
+        1024,
+        {"looped": Family(LOOPED_SMALL, BOTH), "unique": Family("NUM_LAYERS=5", BOTH), "half looped": Family(HALF_LOOPED_SMALL)},
     ),
     # One rank's share of the batch of eight GPUs, and about a fifth of the 10 minutes' steps: two minutes a run on an H100.
     "gpu": Scale(
