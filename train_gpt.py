@@ -426,6 +426,8 @@ CASEOPS = {
     "data_path": "data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved", "vocab_size": 8192,
     "tokenizer_path": "data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
 }
+# The same with a space and the marker after it as one token (PR #2109), made from the export by data/fuse_markers.py.
+FUSED = {"data_path": f"{CASEOPS['data_path']}_fused", "tokenizer_path": f"{CASEOPS['data_path']}_fused/tokenizer.model"}
 # What the later public systems share: 11 x 512 with exclusive self-attention, partial RoPE, scaled norms, and Muon with weight decay.
 LATE = {
     **SP8192, "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 4.0, "leaky_relu_slope": 0.5, "rope_dims": 16,
@@ -448,9 +450,9 @@ RECORD_1855 = {
 RECORD_2014 = {
     **RECORD_1855, "ttt_phases": 1, "qk_gain_init": 5.25, "train_seq_len": 3072, "train_seq_schedule": "1024@0.1,2048@0.7,3072@1",
 }
-# That record's network and schedule with the quantiser, optimiser and evaluation that our own paired runs prefer.
+# That record's network and schedule with the tokens, quantiser, optimiser and evaluation that our own paired runs prefer.
 LOOPED = {
-    **RECORD_2014, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
+    **RECORD_2014, **FUSED, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
     "normuon_beta2": 0.95, "muon_row_normalize": False, "ema_every": 5, "tilt_orders": "1,2,4,8,16",
 }
 
@@ -1154,12 +1156,14 @@ REPOSITORIES = {
 
 
 def how_to_get(config: Config) -> str:
-    """Returns the command that makes the missing data of this configuration."""
+    """Returns the command that makes the missing data of this configuration, or the two."""
     folder = Path(config.data_path).name
     if folder.startswith("fineweb10B_"):
-        variant = folder.removeprefix("fineweb10B_")
+        export = folder.removesuffix("_fused")
+        variant = export.removeprefix("fineweb10B_")
         source = f" --repo-id {REPOSITORIES[variant]}" if variant in REPOSITORIES else ""
-        return f"fetch it with: python data/download.py{source} --variant {variant}"
+        then = f" && python data/fuse_markers.py {Path(config.data_path).with_name(export)}" if folder != export else ""
+        return f"fetch it with: python data/download.py{source} --variant {variant}{then}"
     source = "data/sample/shakespeare.jsonl.xz" if folder.startswith("shakespeare") else "YOUR_TEXT.jsonl"
     return f"build it with: python data/tokenize_docs.py --input {source} --output {config.data_path} --vocab-size {config.vocab_size}"
 

@@ -96,12 +96,14 @@ def test_missing_challenge_data_names_a_download_that_the_tool_understands(prese
     """The 8192-piece exports lie in other repositories than the 1024-piece one."""
     monkeypatch.chdir(tmp_path)
     config = train_gpt.parse_config([f"PRESET={preset}"], {})
-    variant = Path(config.data_path).name.removeprefix("fineweb10B_")
+    export = Path(config.data_path).name.removesuffix("_fused")
     for read in (TrainLoader, load_val):
         with pytest.raises(FileNotFoundError, match=r"fineweb10B_sp|fineweb_\d+_bpe") as error:
             read(config)
-        chosen = download.parse_arguments(str(error.value).partition("python data/download.py ")[2].split())
-        assert chosen.variant == variant
+        fetch, _, then = str(error.value).partition("python data/download.py ")[2].partition(" && ")
+        chosen = download.parse_arguments(fetch.split())
+        assert f"fineweb10B_{chosen.variant}" == export
+        assert then == (f"python data/fuse_markers.py data/datasets/{export}" if preset == "default" else "")
         assert chosen.repo_id == {"baseline": "willdepueoai/parameter-golf", "sp8192_ttt": "kevclark/parameter-golf"}.get(preset, CASEOPS_REPOSITORY)
 
 

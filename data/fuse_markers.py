@@ -1,0 +1,189 @@
+"""Shards of CaseOps text with one token for a space and the marker after it: a tenth fewer tokens for the same text, made from the shards themselves.
+
+    python data/fuse_markers.py data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
+    python data/fuse_markers.py data/datasets/mine --output data/datasets/mine_fused --tokenizer caseops.model
+
+The folder is one of download.py or tokenize_docs.py; its manifest.json names its tokenizer, or --tokenizer does. The result, FOLDER_fused unless --output
+says otherwise, has the same splits, documents and bytes. Its tokenizer.model is the folder's, with the fused pieces in place of two that it learnt last:
+where those stood, the pieces that they were made of stand again. The folder appears complete or not at all. Source of the idea: PR #2109.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import caseops
+import numpy as np
+import sentencepiece
+from rich.console import Console
+from rich.progress import track
+from shards import MANIFEST_FILE, read_manifest, read_shard, split_files, write_json, write_shard
+from tokenize_docs import TOKENIZER_FILE, InputError, Parser, complete_folder, file_sha256, load_tokenizer, note, positive
+
+SPACE = "\u2581"
+MOST_WORKERS = 8  # each holds a shard of 100 M tokens several times
+
+
+class Fusion(NamedTuple):
+    """How the tokens of a tokenizer become those of the fused one."""
+
+    space: int
+    fused: tuple[tuple[int, int], ...]  # (marker, what a space and that marker become)
+    split: tuple[tuple[int, tuple[int, ...]], ...]  # (a piece that had to go, what it is made of), the last learnt first
+    lengths: np.ndarray  # bytes of text of each piece, int64
+
+
+def parts_of(piece: str, tokenizer: sentencepiece.SentencePieceProcessor) -> list[str]:
+    """Returns the pieces that a BPE tokenizer would cut `piece` into if it had not learnt it, nor any after it."""
+    limit, parts = tokenizer.get_score(tokenizer.piece_to_id(piece)), list(piece)
+    while True:
+        merged = [left + right for left, right in itertools.pairwise(parts)]
+        scores = [tokenizer.get_score(token) if (token := tokenizer.piece_to_id(each)) != tokenizer.unk_id() else limit for each in merged]
+        best = max(range(len(scores)), key=scores.__getitem__, default=0)
+        if not scores or scores[best] <= limit:
+            return parts
+        parts[best : best + 2] = [merged[best]]
+
+
+def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
+    """Returns the fused tokenizer and how tokens become its own. Raises InputError for a tokenizer that has no markers, or has them fused already."""
+    tokenizer = load_tokenizer(model, source)
+    if not caseops.is_caseops(tokenizer):
+        raise InputError(f"{source}: without the markers of CaseOps (U+E001 to U+E004) as pieces; only CaseOps shards have what is to be fused")
+    if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
+        raise InputError(f"{source}: without a piece for a single space, which is what is to be fused with the marker after it")
+    fused_model = caseops.fuse(model)
+    fused = load_tokenizer(fused_model, source)
+    gone = [token for token in range(tokenizer.vocab_size()) if tokenizer.id_to_piece(token) != fused.id_to_piece(token)]
+    if len(gone) != len(caseops.FUSED):
+        raise InputError(f"{source}: spaces and markers are fused already")
+    gone.sort(key=tokenizer.get_score)
+    return fused_model, Fusion(
+        tokenizer.piece_to_id(SPACE),
+        tuple((tokenizer.piece_to_id(pair[len(SPACE) :]), fused.piece_to_id(pair)) for pair in caseops.FUSED),
+        tuple((token, tuple(map(tokenizer.piece_to_id, parts_of(tokenizer.id_to_piece(token), tokenizer)))) for token in gone),
+        np.array([len(tokenizer.id_to_piece(token).replace(SPACE, " ").encode()) for token in range(tokenizer.vocab_size())]),
+    )
+
+
+def fuse_tokens(tokens: np.ndarray, counts: np.ndarray | None, fusion: Fusion) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns `tokens` as the fused tokenizer has them and, where the bytes that each stands for are given as `counts`, theirs, with the same sum."""
+    tokens, counts = tokens.copy(), None if counts is None else counts.copy()
+    for gone, (first, *others) in fusion.split:
+        at = np.flatnonzero(tokens == gone)
+        tokens[at] = first
+        for part in reversed(others):
+            tokens = np.insert(tokens, at + 1, part)
+            if counts is not None:
+                own = np.minimum(fusion.lengths[part], counts[at]).astype(counts.dtype)
+                counts[at] -= own
+                counts = np.insert(counts, at + 1, own)
+            at += np.arange(len(at))
+    for marker, fused in fusion.fused:
+        at = np.flatnonzero((tokens[:-1] == fusion.space) & (tokens[1:] == marker))
+        tokens[at] = fused
+        tokens = np.delete(tokens, at + 1)
+        if counts is not None:
+            counts[at] += counts[at + 1]
+            counts = np.delete(counts, at + 1)
+    return tokens, counts
+
+
+def fuse_shard(path: Path, folder: Path, fusion: Fusion) -> dict[str, dict[str, Any]]:
+    """Writes the fused shard at `path`, and the bytes beside one of validation, into `folder`; returns their entries in the manifest. Raises ValueError."""
+    side = path.with_name(path.name.replace("_val_", "_val_bytes_"))
+    tokens, counts = np.array(read_shard(path)), np.array(read_shard(side)) if side != path else None
+    if counts is not None and len(counts) != len(tokens):
+        raise ValueError(f"{side}: {len(counts):,} entries for the {len(tokens):,} tokens of {path.name}; they belong to different data")
+    entries = {}
+    for kind, name, values in zip(("shards", "byte_shards"), (path.name, side.name), fuse_tokens(tokens, counts, fusion), strict=True):
+        if values is not None:
+            write_shard(folder / name, values)
+            entries[kind] = {"file": name, "tokens": len(values), "sha256": file_sha256(folder / name)}
+    return entries
+
+
+def find_tokenizer(folder: Path, given: Path | None, manifest: dict[str, Any]) -> Path:
+    """Returns the file of the tokenizer that made the shards. Raises InputError where nobody says which, or the manifest says another."""
+    entry = manifest.get("tokenizer", {})
+    path = given or (folder / entry["file"] if "file" in entry else None)
+    if path is None:
+        raise InputError(f"{folder} has no {MANIFEST_FILE} that names its tokenizer; say which made these shards with --tokenizer MODEL")
+    if not path.is_file():
+        raise InputError(f"{path}: no such tokenizer; say where it is with --tokenizer MODEL")
+    if entry.get("sha256", digest := hashlib.sha256(path.read_bytes()).hexdigest()) != digest:
+        raise InputError(f"{path} is not the tokenizer that made these shards, by {folder / MANIFEST_FILE}; name that one with --tokenizer")
+    return path
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Does what the command line asks and prints the report. Raises InputError, ValueError and OSError, leaving nothing behind."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="shards of CaseOps text")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="folder to create (default FOLDER_fused)")
+    parser.add_argument("--tokenizer", metavar="MODEL", type=Path, help="SentencePiece model that made the shards (default: the one their manifest names)")
+    parser.add_argument("--workers", metavar="N", type=positive, default=min(os.cpu_count() or 1, MOST_WORKERS), help="shards at a time (default %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it holds an earlier output of the data tools")
+    options = parser.parse_args(arguments)
+    source = Path(os.path.abspath(options.folder))
+    output = Path(os.path.abspath(options.output)) if options.output else source.with_name(f"{source.name}_fused")
+    paths = {split: split_files(source, split) for split in ("val", "train")}
+    if not paths["val"] and not paths["train"]:
+        raise InputError(f"{options.folder}: no *_train_*.bin or *_val_*.bin there; name a folder of shards")
+    manifest, began = read_manifest(source), time.monotonic()
+    model_path = find_tokenizer(source, options.tokenizer, manifest)
+    model, fusion = plan_fusion(model_path.read_bytes(), str(model_path))
+    before = after = 0
+    splits = {split: dict(entry) | {"shards": []} for split, entry in manifest.get("splits", {}).items() if split in paths}
+    for entry in splits.values():
+        entry.pop("byte_shards", None)
+    with complete_folder(output, options.force) as folder, ThreadPoolExecutor(options.workers) as pool:
+        (folder / TOKENIZER_FILE).write_bytes(model)
+        work = [(split, path) for split, files in paths.items() for path in files]
+        done = pool.map(lambda item: fuse_shard(item[1], folder, fusion), work)
+        for (split, path), entries in zip(work, track(done, "fusing", len(work), console=Console(stderr=True)), strict=True):
+            for kind, entry in entries.items():
+                splits.setdefault(split, {"shards": []}).setdefault(kind, []).append(entry)
+            before, after = before + len(read_shard(path)), after + entries["shards"]["tokens"]
+        for entry in splits.values():
+            if "tokens" in entry:
+                entry["tokens"] = sum(shard["tokens"] for shard in entry["shards"])
+        tokenizer = {"file": TOKENIZER_FILE, "vocab_size": len(fusion.lengths), "bos_id": load_tokenizer(model, TOKENIZER_FILE).bos_id()}
+        content = {"tokenizer": tokenizer | {"sha256": hashlib.sha256(model).hexdigest(), "caseops": True}, "splits": splits}
+        published = manifest.get("source", {}).get("published", {})
+        counts = {split: {"shards": entry["shards"]} for split, entry in published.items() if "shards" in entry}  # their tokens are others now
+        origin = {**manifest.get("source", {}), "fused_from": source.name} | ({"published": counts} if published else {})
+        write_json(folder / MANIFEST_FILE, {"source": origin, **content})
+    seconds = time.monotonic() - began
+    print(f"{before:,} tokens became {after:,} ({after / max(before, 1) - 1:+.2%}) in {seconds:.1f} s")
+    print(f"train with DATA_PATH={options.output or f'{options.folder}_fused'} TOKENIZER_PATH={options.output or f'{options.folder}_fused'}/{TOKENIZER_FILE}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for what the user can put right (one line on standard error), 130 when interrupted."""
+    try:
+        run(arguments)
+        return 0
+    except (InputError, ValueError) as error:
+        code, message = 2, f"error: {error}"
+    except OSError as error:
+        code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; nothing was written"
+    note(message)
+    return code
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as an interrupt does: with nothing left behind
+    sys.exit(main())
