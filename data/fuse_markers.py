@@ -39,20 +39,21 @@ class Fusion(NamedTuple):
 
     space: int
     fused: tuple[tuple[int, int], ...]  # (marker, what a space and that marker become)
-    split: tuple[tuple[int, tuple[int, ...]], ...]  # (a piece that had to go, what it is made of), the last learnt first
+    split: tuple[tuple[int, int, int], ...]  # (a piece that had to go, the two that it was made of), the last learnt first
     lengths: np.ndarray  # bytes of text of each piece, int64
 
 
-def parts_of(piece: str, tokenizer: sentencepiece.SentencePieceProcessor) -> list[str]:
-    """Returns the pieces that a BPE tokenizer would cut `piece` into if it had not learnt it, nor any after it."""
+def halves_of(piece: str, tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[str, str]:
+    """Returns the two pieces that a BPE tokenizer made `piece` of: what it would cut it into had it not learnt it, nor any after it."""
     limit, parts = tokenizer.get_score(tokenizer.piece_to_id(piece)), list(piece)
-    while True:
+    while len(parts) > 2:
         merged = [left + right for left, right in itertools.pairwise(parts)]
         scores = [tokenizer.get_score(token) if (token := tokenizer.piece_to_id(each)) != tokenizer.unk_id() else limit for each in merged]
-        best = max(range(len(scores)), key=scores.__getitem__, default=0)
-        if not scores or scores[best] <= limit:
-            return parts
+        best = max(range(len(scores)), key=scores.__getitem__)
+        if scores[best] <= limit:
+            raise InputError(f"no BPE tokenizer: its piece {piece!r} is not made of two others")
         parts[best : best + 2] = [merged[best]]
+    return parts[0], parts[1]
 
 
 def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
@@ -71,7 +72,7 @@ def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
     return fused_model, Fusion(
         tokenizer.piece_to_id(SPACE),
         tuple((tokenizer.piece_to_id(pair[len(SPACE) :]), fused.piece_to_id(pair)) for pair in caseops.FUSED),
-        tuple((token, tuple(map(tokenizer.piece_to_id, parts_of(tokenizer.id_to_piece(token), tokenizer)))) for token in gone),
+        tuple((token, *map(tokenizer.piece_to_id, halves_of(tokenizer.id_to_piece(token), tokenizer))) for token in gone),
         np.array([len(tokenizer.id_to_piece(token).replace(SPACE, " ").encode()) for token in range(tokenizer.vocab_size())]),
     )
 
@@ -79,16 +80,14 @@ def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
 def fuse_tokens(tokens: np.ndarray, counts: np.ndarray | None, fusion: Fusion) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `tokens` as the fused tokenizer has them and, where the bytes that each stands for are given as `counts`, theirs, with the same sum."""
     tokens, counts = tokens.copy(), None if counts is None else counts.copy()
-    for gone, (first, *others) in fusion.split:
+    for gone, left, right in fusion.split:
         at = np.flatnonzero(tokens == gone)
-        tokens[at] = first
-        for part in reversed(others):
-            tokens = np.insert(tokens, at + 1, part)
-            if counts is not None:
-                own = np.minimum(fusion.lengths[part], counts[at]).astype(counts.dtype)
-                counts[at] -= own
-                counts = np.insert(counts, at + 1, own)
-            at += np.arange(len(at))
+        tokens[at] = left
+        tokens = np.insert(tokens, at + 1, right)
+        if counts is not None:
+            own = np.minimum(fusion.lengths[right], counts[at]).astype(counts.dtype)
+            counts[at] -= own
+            counts = np.insert(counts, at + 1, own)
     for marker, fused in fusion.fused:
         at = np.flatnonzero((tokens[:-1] == fusion.space) & (tokens[1:] == marker))
         tokens[at] = fused
