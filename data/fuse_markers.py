@@ -69,10 +69,11 @@ def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
     if len(gone) != len(caseops.FUSED):
         raise InputError(f"{source}: spaces and markers are fused already")
     gone.sort(key=tokenizer.get_score)
+    halves = [halves_of(tokenizer.id_to_piece(token), tokenizer) for token in gone]
     return fused_model, Fusion(
         tokenizer.piece_to_id(SPACE),
         tuple((tokenizer.piece_to_id(pair[len(SPACE) :]), fused.piece_to_id(pair)) for pair in caseops.FUSED),
-        tuple((token, *map(tokenizer.piece_to_id, halves_of(tokenizer.id_to_piece(token), tokenizer))) for token in gone),
+        tuple((token, tokenizer.piece_to_id(left), tokenizer.piece_to_id(right)) for token, (left, right) in zip(gone, halves, strict=True)),
         np.array([len(tokenizer.id_to_piece(token).replace(SPACE, " ").encode()) for token in range(tokenizer.vocab_size())]),
     )
 
