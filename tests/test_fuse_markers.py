@@ -139,6 +139,23 @@ def test_pieces_that_go_are_cut_as_the_tokenizer_had_made_them(model: Path) -> N
         assert "".join(map(tokenizer.id_to_piece, halves)) == tokenizer.id_to_piece(token)
 
 
+def test_a_piece_that_is_not_made_of_two_others_is_refused() -> None:
+    class Unigrams:
+        pieces = ("<unk>", "a", "b", "c", "abc")
+
+        def piece_to_id(self, piece: str) -> int:
+            return self.pieces.index(piece) if piece in self.pieces else 0
+
+        def unk_id(self) -> int:
+            return 0
+
+        def get_score(self, token: int) -> float:
+            return -float(token)
+
+    with pytest.raises(tokenize_docs.InputError, match="no BPE tokenizer: its piece 'abc'"):
+        fuse_markers.halves_of("abc", Unigrams())  # type: ignore[arg-type]
+
+
 def test_data_of_the_download_tool(tmp_path: Path, sample: list[str], model: Path) -> None:
     """Its manifest lies beside the shards, its tokenizer elsewhere, and it says how much is published."""
     (tmp_path / "datasets").mkdir()
