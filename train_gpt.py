@@ -455,15 +455,15 @@ LOOPED = {
     **RECORD_2014, **FUSED, "quant_scheme": "rate", "coder": "range", "code_order": "rows", "byte_shuffle": False, "lqer_rank": 0,
     "normuon_beta2": 0.95, "muon_row_normalize": False, "ema_every": 5, "tilt_orders": "1,2,4,8,16",
 }
+# The same layers without loops, each with weights of its own.
+UNIQUE = {**LOOPED, "num_layers": 17, "num_loops": 0, "xsa_last_n": 17, "parallel_start_layer": 14}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, all of 17 executed layers at 16,000,000 bytes: how many of them have weights of their own decides the bits a weight gets (records/DEFAULT.md).
-    "default": {
-        **LOOPED, "num_layers": 14, "num_loops": 1, "loop_start": 4, "loop_end": 6, "xsa_last_n": 14, "parallel_start_layer": 11,
-        "input_stages": "bigram,norm,smear", "dynamic_skip_last_n": 2, "value_embed_layers": "12,13",
-    },
+    "default": {**UNIQUE, "input_stages": "bigram,norm,smear", "dynamic_skip_last_n": 2, "value_embed_layers": "15,16"},
+    "unique": UNIQUE,
+    "half_looped": {**LOOPED, "num_layers": 14, "num_loops": 1, "loop_start": 4, "loop_end": 6, "xsa_last_n": 14, "parallel_start_layer": 11},
     "looped": LOOPED,
-    "unique": {**LOOPED, "num_layers": 17, "num_loops": 0, "xsa_last_n": 17, "parallel_start_layer": 14},
     # Every setting as listed: 9 x 512 without any optional feature, to build on.
     "plain": {},
     # The challenge's starter script: 9 x 512, int8 + zlib, 1.2244 bpb on 8 H100 (its record 2026-03-17).

@@ -59,7 +59,7 @@ def problems_of(*arguments: str, **environment: str) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "environment", "expected"),
     [
-        ([], {}, 14),
+        ([], {}, 17),
         (["PRESET=looped"], {}, 11),
         (["PRESET=plain"], {}, 9),
         (["PRESET=demo"], {}, 4),
@@ -649,8 +649,9 @@ RAMP = [(ELEVEN, 1024, False), (ELEVEN, 2048, False), (LOOPED, 2048, False), (LO
 # Preset -> executed layers, tokens a row and QAT of every phase.
 PHASES = {
     "plain": [(NINE, 1024, False)],
-    "default": [([*range(14)], 1024, False), ([*range(14)], 2048, False), (HALF_LOOPED, 2048, False), (HALF_LOOPED, 3072, False)],
+    "default": [(SEVENTEEN, seq_len, False) for seq_len in (1024, 2048, 3072)],
     "unique": [(SEVENTEEN, seq_len, False) for seq_len in (1024, 2048, 3072)],
+    "half_looped": [([*range(14)], 1024, False), ([*range(14)], 2048, False), (HALF_LOOPED, 2048, False), (HALF_LOOPED, 3072, False)],
     "looped": RAMP,
     "baseline": [(NINE, 1024, False)],
     "recurrent": [([0, 1, 2] * 3, 1024, False), ([0, 1, 2] * 3, 1024, True)],
