@@ -1,11 +1,12 @@
-"""Shards of CaseOps text with one token for a space and the marker after it: a tenth fewer tokens for the same text, made from the shards themselves.
+"""Shards of CaseOps text with one token for a space and the marker after it: 8% fewer tokens for the same text, made from the shards themselves.
 
     python data/fuse_markers.py data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
     python data/fuse_markers.py data/datasets/mine --output data/datasets/mine_fused --tokenizer caseops.model
 
 The folder is one of download.py or tokenize_docs.py; its manifest.json names its tokenizer, or --tokenizer does. The result, FOLDER_fused unless --output
 says otherwise, has the same splits, documents and bytes. Its tokenizer.model is the folder's, with the fused pieces in place of two that it learnt last:
-where those stood, the pieces that they were made of stand again. The folder appears complete or not at all. Source of the idea: PR #2109.
+where those stood, the pieces that they were made of stand again. Files are checked against the manifest first. The folder appears complete or not at all.
+Source of the idea: PR #2109.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ import sentencepiece
 from rich.console import Console
 from rich.progress import track
 from shards import MANIFEST_FILE, read_manifest, read_shard, split_files, write_json, write_shard
-from tokenize_docs import TOKENIZER_FILE, InputError, Parser, complete_folder, file_sha256, load_tokenizer, note, positive
+from tokenize_docs import JOURNAL_FILE, OUR_FILES, TOKENIZER_FILE, InputError, Parser, complete_folder, file_sha256, load_tokenizer, note, positive
 
 SPACE = "\u2581"
 MOST_WORKERS = 8  # each holds a shard of 100 M tokens several times
@@ -40,7 +41,9 @@ class Fusion(NamedTuple):
     space: int
     fused: tuple[tuple[int, int], ...]  # (marker, what a space and that marker become)
     split: tuple[tuple[int, int, int], ...]  # (a piece that had to go, the two that it was made of), the last learnt first
-    lengths: np.ndarray  # bytes of text of each piece, int64
+    split_bytes: tuple[tuple[int, int], ...]  # of text, in those two
+    bos: int
+    vocab_size: int
 
 
 def halves_of(piece: str, tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[str, str]:
@@ -57,7 +60,10 @@ def halves_of(piece: str, tokenizer: sentencepiece.SentencePieceProcessor) -> tu
 
 
 def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
-    """Returns the fused tokenizer and how tokens become its own. Raises InputError for a tokenizer that has no markers, or has them fused already."""
+    """Returns the fused tokenizer and how tokens become its own.
+
+    Raises InputError for a tokenizer without markers or a single space, with fused ones already, or of another kind than BPE.
+    """
     tokenizer = load_tokenizer(model, source)
     if not caseops.is_caseops(tokenizer):
         raise InputError(f"{source}: without the markers of CaseOps (U+E001 to U+E004) as pieces; only CaseOps shards have what is to be fused")
@@ -74,21 +80,33 @@ def plan_fusion(model: bytes, source: str) -> tuple[bytes, Fusion]:
         tokenizer.piece_to_id(SPACE),
         tuple((tokenizer.piece_to_id(pair[len(SPACE) :]), fused.piece_to_id(pair)) for pair in caseops.FUSED),
         tuple((token, tokenizer.piece_to_id(left), tokenizer.piece_to_id(right)) for token, (left, right) in zip(gone, halves, strict=True)),
-        np.array([len(tokenizer.id_to_piece(token).replace(SPACE, " ").encode()) for token in range(tokenizer.vocab_size())]),
+        tuple((text_bytes(left), text_bytes(right)) for left, right in halves),
+        tokenizer.bos_id(),
+        tokenizer.vocab_size(),
     )
 
 
+def text_bytes(piece: str) -> int:
+    """Returns the bytes of the text that a piece without markers spells."""
+    return len(piece.replace(SPACE, " ").encode())
+
+
 def fuse_tokens(tokens: np.ndarray, counts: np.ndarray | None, fusion: Fusion) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns `tokens` as the fused tokenizer has them and, where the bytes that each stands for are given as `counts`, theirs, with the same sum."""
+    """Returns `tokens` as the fused tokenizer has them and, where the bytes that each stands for are given as `counts`, theirs, with the same sum.
+
+    Bytes that a normalising tokenizer dropped stand where `caseops.token_bytes` counts them: at the end of a document with its last token.
+    """
     tokens, counts = tokens.copy(), None if counts is None else counts.copy()
-    for gone, left, right in fusion.split:
+    for (gone, left, right), (left_bytes, right_bytes) in zip(fusion.split, fusion.split_bytes, strict=True):
         at = np.flatnonzero(tokens == gone)
+        if counts is not None:
+            is_last = np.append(tokens[1:] == fusion.bos, True)[at]
+            both = counts[at].astype(np.int64)
+            own = np.where(is_last, both - left_bytes, right_bytes).clip(0, both)
+            counts[at] = both - own
+            counts = np.insert(counts, at + 1, own)
         tokens[at] = left
         tokens = np.insert(tokens, at + 1, right)
-        if counts is not None:
-            own = np.minimum(fusion.lengths[right], counts[at]).astype(counts.dtype)
-            counts[at] -= own
-            counts = np.insert(counts, at + 1, own)
     for marker, fused in fusion.fused:
         at = np.flatnonzero((tokens[:-1] == fusion.space) & (tokens[1:] == marker))
         tokens[at] = fused
@@ -99,10 +117,18 @@ def fuse_tokens(tokens: np.ndarray, counts: np.ndarray | None, fusion: Fusion) -
     return tokens, counts
 
 
-def fuse_shard(path: Path, folder: Path, fusion: Fusion) -> dict[str, dict[str, Any]]:
-    """Writes the fused shard at `path`, and the bytes beside one of validation, into `folder`; returns their entries in the manifest. Raises ValueError."""
+def fuse_shard(path: Path, folder: Path, fusion: Fusion, stated: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Writes the fused shard at `path`, and the bytes beside one of validation, into `folder`; returns their entries in the manifest.
+
+    Raises ValueError where a file is damaged, has another SHA-256 than `stated`, or holds tokens of another tokenizer, and OSError where it is missing.
+    """
     side = path.with_name(path.name.replace("_val_", "_val_bytes_"))
-    tokens, counts = np.array(read_shard(path)), np.array(read_shard(side)) if side != path else None
+    tokens, counts = read_shard(path), read_shard(side) if side != path else None
+    for file in {path, side}:
+        if file.name in stated and file_sha256(file) != stated[file.name]:
+            raise ValueError(f"{file}: its SHA-256 is not {stated[file.name]}, which the manifest states; fetch or make it again")
+    if tokens.size and int(tokens.max()) >= fusion.vocab_size:
+        raise ValueError(f"{path}: token {int(tokens.max())} is outside the tokenizer's vocabulary of {fusion.vocab_size}; another tokenizer made it")
     if counts is not None and len(counts) != len(tokens):
         raise ValueError(f"{side}: {len(counts):,} entries for the {len(tokens):,} tokens of {path.name}; they belong to different data")
     entries = {}
@@ -116,7 +142,7 @@ def fuse_shard(path: Path, folder: Path, fusion: Fusion) -> dict[str, dict[str, 
 def find_tokenizer(folder: Path, given: Path | None, manifest: dict[str, Any]) -> Path:
     """Returns the file of the tokenizer that made the shards. Raises InputError where nobody says which, or the manifest says another."""
     entry = manifest.get("tokenizer", {})
-    path = given or (folder / entry["file"] if "file" in entry else None)
+    path = given or (folder / str(entry["file"]) if "file" in entry else None)
     if path is None:
         raise InputError(f"{folder} has no {MANIFEST_FILE} that names its tokenizer; say which made these shards with --tokenizer MODEL")
     if not path.is_file():
@@ -140,7 +166,15 @@ def run(arguments: Sequence[str] | None) -> None:
     paths = {split: split_files(source, split) for split in ("val", "train")}
     if not paths["val"] and not paths["train"]:
         raise InputError(f"{options.folder}: no *_train_*.bin or *_val_*.bin there; name a folder of shards")
+    if os.path.realpath(output) == os.path.realpath(source):
+        raise InputError(f"{output} is the folder itself, whose shards are still needed; name another --output")
+    if foreign := [path for files in paths.values() for path in files if not OUR_FILES.fullmatch(path.name)]:
+        raise InputError(f"{foreign[0]}: expected the names of the data tools, as fineweb_train_000000.bin")
     manifest, began = read_manifest(source), time.monotonic()
+    listed = [entry for split in manifest.get("splits", {}).values() for entry in (*split["shards"], *split.get("byte_shards", []))]
+    if missing := [source / entry["file"] for entry in listed if not (source / entry["file"]).is_file()]:
+        raise InputError(f"{missing[0]}: no such file, but the manifest lists it; fetch or make it again")
+    stated = {entry["file"]: entry["sha256"] for entry in listed}
     model_path = find_tokenizer(source, options.tokenizer, manifest)
     model, fusion = plan_fusion(model_path.read_bytes(), str(model_path))
     before = after = 0
@@ -148,9 +182,11 @@ def run(arguments: Sequence[str] | None) -> None:
     for entry in splits.values():
         entry.pop("byte_shards", None)
     with complete_folder(output, options.force) as folder, ThreadPoolExecutor(options.workers) as pool:
+        if (folder / JOURNAL_FILE).exists():
+            raise InputError(f"{folder} holds what an interrupted run of tokenize_docs.py has finished; finish it, delete the folder, or name another --output")
         (folder / TOKENIZER_FILE).write_bytes(model)
         work = [(split, path) for split, files in paths.items() for path in files]
-        done = pool.map(lambda item: fuse_shard(item[1], folder, fusion), work)
+        done = pool.map(lambda item: fuse_shard(item[1], folder, fusion, stated), work)
         for (split, path), entries in zip(work, track(done, "fusing", len(work), console=Console(stderr=True)), strict=True):
             for kind, entry in entries.items():
                 splits.setdefault(split, {"shards": []}).setdefault(kind, []).append(entry)
@@ -158,15 +194,16 @@ def run(arguments: Sequence[str] | None) -> None:
         for entry in splits.values():
             if "tokens" in entry:
                 entry["tokens"] = sum(shard["tokens"] for shard in entry["shards"])
-        tokenizer = {"file": TOKENIZER_FILE, "vocab_size": len(fusion.lengths), "bos_id": load_tokenizer(model, TOKENIZER_FILE).bos_id()}
+        tokenizer = {"file": TOKENIZER_FILE, "vocab_size": fusion.vocab_size, "bos_id": fusion.bos}
         content = {"tokenizer": tokenizer | {"sha256": hashlib.sha256(model).hexdigest(), "caseops": True}, "splits": splits}
         published = manifest.get("source", {}).get("published", {})
         counts = {split: {"shards": entry["shards"]} for split, entry in published.items() if "shards" in entry}  # their tokens are others now
         origin = {**manifest.get("source", {}), "fused_from": source.name} | ({"published": counts} if published else {})
         write_json(folder / MANIFEST_FILE, {"source": origin, **content})
     seconds = time.monotonic() - began
-    print(f"{before:,} tokens became {after:,} ({after / max(before, 1) - 1:+.2%}) in {seconds:.1f} s")
-    print(f"train with DATA_PATH={options.output or f'{options.folder}_fused'} TOKENIZER_PATH={options.output or f'{options.folder}_fused'}/{TOKENIZER_FILE}")
+    place = os.path.relpath(output) if output.is_relative_to(Path.cwd()) else output
+    print(f"{before:,} tokens became {after:,} ({after / max(before, 1):.2%} of them) in {seconds:.1f} s")
+    print(f"train with DATA_PATH={place} TOKENIZER_PATH={place}/{TOKENIZER_FILE}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -115,7 +115,7 @@ def test_any_tokens_spell_the_same_text_and_keep_their_bytes(data: st.DataObject
     likely = [fusion.space, *(marker for marker, _ in fusion.fused), *(gone for gone, *_ in fusion.split)]
     token = st.one_of(st.sampled_from(likely), st.integers(260, 699))
     tokens = np.array(data.draw(st.lists(token, min_size=1, max_size=40)), dtype=np.uint16)
-    counts = fusion.lengths[tokens].astype(np.uint16)
+    counts = np.array([fuse_markers.text_bytes(old.id_to_piece(int(each))) for each in tokens], dtype=np.uint16)
     found, found_counts = fuse_markers.fuse_tokens(tokens, counts, fusion)
     assert found_counts is not None
     spelt = ["".join(tokenizer.id_to_piece(int(each)) for each in ids) for tokenizer, ids in ((old, tokens), (new, found))]
@@ -124,7 +124,7 @@ def test_any_tokens_spell_the_same_text_and_keep_their_bytes(data: st.DataObject
     assert found_counts.sum() == counts.sum()
     pairs = set(zip(found[:-1].tolist(), found[1:].tolist(), strict=True))
     assert not pairs & {(fusion.space, marker) for marker, _ in fusion.fused}
-    assert found_counts.tolist() == [len(new.id_to_piece(int(each)).replace("\u2581", " ").encode()) for each in found]
+    assert found_counts.tolist() == [fuse_markers.text_bytes(new.id_to_piece(int(each))) for each in found]
 
 
 def test_pieces_that_go_are_cut_as_the_tokenizer_had_made_them(model: Path) -> None:
@@ -184,13 +184,15 @@ def break_nothing(source: Path, model: Path) -> list[object]:
 
 def lose_bytes(source: Path, model: Path) -> list[object]:
     next(source.glob("*_val_bytes_*")).unlink()
-    return [source]
+    (source / "manifest.json").unlink()
+    return [source, "--tokenizer", model]
 
 
 def cut_bytes(source: Path, model: Path) -> list[object]:
     path = next(source.glob("*_val_bytes_*"))
     shards.write_shard(path, np.array(shards.read_shard(path))[:-1])
-    return [source]
+    (source / "manifest.json").unlink()
+    return [source, "--tokenizer", model]
 
 
 def damage(source: Path, model: Path) -> list[object]:
@@ -220,6 +222,43 @@ def name_a_folder_that_exists(source: Path, model: Path) -> list[object]:
     return [source]
 
 
+def lose_a_shard(source: Path, model: Path) -> list[object]:
+    next(source.glob("*_train_*")).unlink()
+    return [source]
+
+
+def change_a_token(source: Path, model: Path) -> list[object]:
+    path = next(source.glob("*_train_*"))
+    tokens = np.array(shards.read_shard(path))
+    tokens[3] += 1
+    shards.write_shard(path, tokens)
+    return [source]
+
+
+def name_the_folder_itself(source: Path, model: Path) -> list[object]:
+    return [source, "--output", source.parent / "." / source.name, "--force"]
+
+
+def leave_an_interrupted_run(source: Path, model: Path) -> list[object]:
+    partial = source.with_name("source_fused.partial")
+    partial.mkdir()
+    (partial / tokenize_docs.JOURNAL_FILE).write_text("{}", encoding="utf-8")
+    return [source]
+
+
+def use_strange_names(source: Path, model: Path) -> list[object]:
+    next(source.glob("*_train_*")).rename(source / "a_train_0.bin")
+    (source / "manifest.json").unlink()
+    return [source, "--tokenizer", model]
+
+
+def name_a_small_vocabulary(source: Path, model: Path) -> list[object]:
+    (source / "manifest.json").unlink()
+    path = next(source.glob("*_train_*"))
+    shards.write_shard(path, np.array([1, 60_000]))
+    return [source, "--tokenizer", model]
+
+
 def name_plain_shards(source: Path, model: Path) -> list[object]:
     (source / "manifest.json").unlink()
     plain = source.with_name("plain.model")
@@ -238,6 +277,12 @@ def name_plain_shards(source: Path, model: Path) -> list[object]:
         (forget_the_tokenizer, "say which made these shards with --tokenizer"),
         (fuse_twice, "spaces and markers are fused already"),
         (name_a_folder_that_exists, "exists; name another --output, or replace it with --force"),
+        (lose_a_shard, "no such file, but the manifest lists it"),
+        (change_a_token, "which the manifest states; fetch or make it again"),
+        (name_the_folder_itself, "is the folder itself"),
+        (leave_an_interrupted_run, "holds what an interrupted run of tokenize_docs.py has finished"),
+        (use_strange_names, "expected the names of the data tools"),
+        (name_a_small_vocabulary, "token 60000 is outside the tokenizer's vocabulary of 700"),
         (name_plain_shards, "only CaseOps shards have what is to be fused"),
     ],
 )
@@ -255,12 +300,35 @@ def test_misuse_is_one_line_and_leaves_nothing(mishap: Any, message: str, tmp_pa
         assert fuse(*arguments, "--force") == 0
 
 
+def test_a_folder_named_by_a_dot(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tokenize(tmp_path / "source", TEXTS, model, val_docs=3)
+    monkeypatch.chdir(source)
+    assert fuse(".") == 0
+    assert f"DATA_PATH={tmp_path / 'source_fused'} " in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert fuse("source/", "--force") == 0
+    assert "DATA_PATH=source_fused " in capsys.readouterr().out
+
+
+def test_dropped_text_counts_with_the_last_token_of_a_document(model: Path) -> None:
+    _, fusion = fuse_markers.plan_fusion(model.read_bytes(), "model")
+    (gone, left, right), (left_bytes, right_bytes) = fusion.split[0], fusion.split_bytes[0]
+    tokens = np.array([1, gone, 1, gone, gone], dtype=np.uint16)
+    whole = left_bytes + right_bytes
+    before = np.array([0, whole + 3, 0, whole + 2, whole + 4], dtype=np.uint16)
+    found, counts = fuse_markers.fuse_tokens(tokens, before, fusion)
+    assert found.tolist() == [1, left, right, 1, left, right, left, right]
+    assert counts is not None
+    assert counts.tolist() == [0, left_bytes, right_bytes + 3, 0, left_bytes + 2, right_bytes, left_bytes, right_bytes + 4]
+
+
 def test_the_published_tokenizer(tmp_path: Path) -> None:
     """The one that the default preset's shards are made with, on text with everything that its normalisation touches."""
     if not PUBLISHED.is_file():
         pytest.skip(f"{PUBLISHED} is not here: it is not part of the project")
     with lzma.open(SHARED / "web.jsonl.xz", "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(60), strict=False)] + ["Two  Spaces   Before\n\n Capitals ", *TEXTS]
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(60), strict=False)]
+    texts += ["Two  Spaces   Before\n\n Capitals ", "The A involving   ", *TEXTS]
     source = tokenize(tmp_path / "source", texts, PUBLISHED, val_docs=30)
     expected = tokenize(tmp_path / "expected", texts, PUBLISHED, "--fuse-markers", val_docs=30)
     assert fuse(source) == 0

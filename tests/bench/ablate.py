@@ -53,7 +53,7 @@ BASE = (
 )
 WD = "MUON_WEIGHT_DECAY=0.1 EMBED_WEIGHT_DECAY=0.1"
 BIGRAM = "BIGRAM_HASH_BUCKETS=1024 BIGRAM_HASH_DIM=48"
-# What PRESET=default stacks, at this size; candidates for it are tried on top.
+# What PRESET=default stacks, and a loop, at this size; candidates for the default are tried on top.
 STACK = (
     "LEAKY_RELU_SLOPE=0.5 ROPE_DIMS=12 XSA_LAST_N=4 LN_SCALE=1 SKIP_CONNECTIONS=gated NUM_LOOPS=1 LOOP_START=1 LOOP_END=1 ENABLE_LOOPING_AT=0.35 "
     "USE_SMEARGATE=1 SMEARGATE_KIND=add ATTENTION_GATE_WINDOW=12 QK_GAIN_INIT=5.25 PARALLEL_RESIDUALS=lanes PARALLEL_START_LAYER=3 "
