@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
         return 0
-    except (InputError, ValueError) as error:
+    except ValueError as error:
         code, message = 2, f"error: {error}"
     except OSError as error:
         code, message = 2, f"error: {error.filename or 'input or output'}: {error.strerror or error}"
